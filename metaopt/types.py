@@ -1,0 +1,75 @@
+"""Tensor aliases, small records and the protocols that the parts meet through.
+
+Shapes are written with B images in a batch, C classes, H x W pixels, D_l features in block l, N adapted scalars.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+"""The adapted tensors by their name in the source model, in the model's order."""
+
+
+class ForwardOutput(NamedTuple):
+    """What one forward pass of the source model gives."""
+
+    logits: Tensor  # (B, C)
+    features: tuple[Tensor, ...] = ()  # one (B, D_l) per block; empty where nobody asked for them
+
+
+@dataclass(frozen=True)
+class SourceStatistics:
+    """Mean and biased standard deviation of each block's features over clean source images (MGG, section 3)."""
+
+    mean: tuple[Tensor, ...]  # one (D_l,) per block
+    std: tuple[Tensor, ...]  # one (D_l,) per block
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one adaptation step hands back: the predictions made before its update, and the loss it descended."""
+
+    logits: Tensor  # (B, C)
+    loss: Tensor | None = None  # scalar; None for a method without an objective
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # unweighted scalar value of each part of the objective
+
+
+class Objective(Protocol):
+    """A label-free loss: a weighted sum of named terms."""
+
+    needs_features: bool
+
+    def terms(self, output: ForwardOutput, statistics: SourceStatistics | None) -> dict[str, Tensor]:
+        """Scalar value of each term on this batch, unweighted."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Scalar weight of each term, in the order of ``terms``."""
+        ...
+
+
+class UpdateRule(Protocol):
+    """A pure ``init``/``update`` pair over all adapted scalars at once.
+
+    ``update`` returns what is to be *subtracted* from the parameters. It mutates nothing and is differentiable in the
+    gradients, in the state and in the rule's own learned tensors.
+    """
+
+    def init(self, parameters: Parameters) -> Any:
+        """State before the first step."""
+        ...
+
+    def update(self, gradients: Parameters, state: Any) -> tuple[Parameters, Any]:
+        """Subtrahend of each parameter, and the next state."""
+        ...
+
+
+class ApplyUpdate(Protocol):
+    """Turns a loss into new parameters: what tells the inner-loop backends and the in-place deployment apart."""
+
+    def __call__(self, loss: Tensor, parameters: Parameters, state: Any) -> tuple[Parameters, Any]:
+        """New parameters and new state after one update on ``loss``."""
+        ...
