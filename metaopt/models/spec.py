@@ -1,0 +1,70 @@
+"""What identifies a source model, in primitives only, so that it can be stored in a checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from metaopt.errors import CheckpointError, ModelError
+
+Triple = tuple[float, float, float]
+
+CUSTOM_PREFIX = "custom:"
+"""Starts the name of a module that its user built: no registry can build it again."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Architecture name, class count, input size (channels, height, width) and per-channel normalisation.
+
+    ``mean`` and ``std`` are in units of images in [0, 1].
+
+    Raises:
+        ModelError: a value is out of range.
+    """
+
+    name: str
+    num_classes: int
+    input_size: tuple[int, int, int] | None = None  # None where any size goes and none is known
+    mean: Triple = (0.0, 0.0, 0.0)
+    std: Triple = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ModelError(f"num_classes={self.num_classes}; allowed is 1 or more: give the model's class count")
+        for label, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3:
+                raise ModelError(f"{label}={values}; allowed are 3 values, one per RGB channel: give 3")
+        if min(self.std) <= 0:
+            raise ModelError(f"std={self.std}; allowed are values above 0: give the images' standard deviations")
+        if self.input_size is not None and (len(self.input_size) != 3 or min(self.input_size) < 1):
+            raise ModelError(f"input_size={self.input_size}; allowed is (channels, height, width), each 1 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only, for a checkpoint under ``weights_only=True``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelSpec":
+        """Inverse of `to_dict`.
+
+        Raises:
+            CheckpointError: keys are missing or unknown, or their values are of no use.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise CheckpointError(f"model spec has keys {sorted(values)}; allowed are {sorted(names)}: save it again")
+        try:
+            size = values["input_size"]
+            return cls(
+                name=str(values["name"]),
+                num_classes=int(values["num_classes"]),
+                input_size=None if size is None else (int(size[0]), int(size[1]), int(size[2])),
+                mean=_triple(values["mean"]),
+                std=_triple(values["std"]),
+            )
+        except (TypeError, ValueError, IndexError, ModelError) as error:
+            raise CheckpointError(f"model spec {dict(values)} is of no use ({error}); save it again") from error
+
+
+def _triple(values: Any) -> Triple:
+    return (float(values[0]), float(values[1]), float(values[2]))

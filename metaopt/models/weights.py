@@ -1,0 +1,146 @@
+"""Reading pre-trained weights of any common layout into a network: timm, RobustBench, DataParallel, safetensors."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from metaopt.errors import CheckpointError
+from metaopt.files import safe_load
+from metaopt.models.spec import Triple
+
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
+_PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.", "1.")
+"""What wrappers put before every name: DataParallel, RobustBench and Lightning, torch.compile, Sequential(norm, net)."""
+
+_MEAN_NAMES = ("mean", "mu", "normalize.mean", "normalizer.mean", "normalization.mean", "0.mean", "0.mu")
+_STD_NAMES = ("std", "sigma", "normalize.std", "normalizer.std", "normalization.std", "0.std", "0.sigma")
+
+
+class Weights(NamedTuple):
+    """A network's tensors under its own names, and the normalisation that the file carried, if any."""
+
+    tensors: dict[str, Tensor]
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+def read_weights(path: str | os.PathLike[str], module: nn.Module, num_classes: int) -> Weights:
+    """The tensors in a checkpoint file, under the names and with the shapes of ``module``.
+
+    Args:
+        path: a file of ``torch.save`` (a state_dict, or one inside a dict under a usual key) or ``.safetensors``.
+        module: the network that they are for.
+        num_classes: its class count, for the message where only the classifier differs.
+
+    Raises:
+        CheckpointError: the file is missing, broken, holds code, or is of another architecture or class count.
+    """
+    source = Path(path)
+    stored = _load_safetensors(source) if source.suffix == ".safetensors" else safe_load(source)
+    tensors = _find_state_dict(stored)
+    if not tensors:
+        raise CheckpointError(
+            f"'{source}' holds no state_dict; allowed are names with tensors, alone or under one of "
+            f"{', '.join(_CONTAINERS)}: save model.state_dict()"
+        )
+    weights = _strip_wrappers(tensors, set(module.state_dict()))
+    _check_fit(weights.tensors, module, num_classes, source)
+    return weights
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"no file '{path}'; give the path of an existing .safetensors file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not a readable .safetensors file ({error}); download it again") from error
+
+
+def _find_state_dict(stored: Any) -> dict[str, Tensor]:
+    """The state_dict in what a file held: itself, or the first one under a usual key."""
+    if not isinstance(stored, Mapping):
+        return {}
+    for key in _CONTAINERS:
+        if isinstance(stored.get(key), Mapping):
+            return _find_state_dict(stored[key])
+    return {str(name): tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
+
+
+def _strip_wrappers(tensors: dict[str, Tensor], expected: set[str]) -> Weights:
+    """Take wrappers' prefixes off while that brings more names in line, then set their normalisation apart."""
+    mean, std = _normalisation(tensors)
+    while True:
+        candidates = [
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in _PREFIXES
+        ]
+        best = max(candidates, key=lambda names: _gain(names, expected))
+        if _gain(best, expected) <= _gain(tensors, expected):
+            break
+        tensors = best
+        inner_mean, inner_std = _normalisation(tensors)
+        mean, std = mean or inner_mean, std or inner_std
+    extra = (*_MEAN_NAMES, *_STD_NAMES)
+    tensors = {name: tensor for name, tensor in tensors.items() if name in expected or name not in extra}
+    return Weights(tensors, mean, std) if mean and std else Weights(tensors)
+
+
+def _gain(names: Mapping[str, Tensor], expected: set[str]) -> int:
+    """How many names are in line; where none is, nested prefixes still count by how many names end in line."""
+    direct = len(expected & set(names))
+    if direct:
+        return direct * 1000
+    return sum(any(name.endswith(f".{wanted}") for wanted in expected) for name in names) if len(names) < 5000 else 0
+
+
+def _normalisation(tensors: Mapping[str, Tensor]) -> tuple[Triple | None, Triple | None]:
+    """Per-channel mean and std that a wrapper such as RobustBench's keeps among the weights."""
+
+    def triple(names: tuple[str, ...]) -> Triple | None:
+        for name in names:
+            if name in tensors and tensors[name].numel() == 3:
+                red, green, blue = tensors[name].double().flatten().tolist()
+                return (red, green, blue)
+        return None
+
+    return triple(_MEAN_NAMES), triple(_STD_NAMES)
+
+
+def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, num_classes: int, source: Path) -> None:
+    """Refuse weights of another architecture or class count with one line that says which."""
+    expected = {name: tensor for name, tensor in module.state_dict().items()}
+    missing = [name for name in expected if name not in tensors and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in tensors if name not in expected]
+    differing = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
+    if not (missing or unknown or differing):
+        return
+    classifier = all(expected[name].shape[:1] == (num_classes,) for name in differing)
+    sizes = {tensors[name].shape[0] for name in differing if tensors[name].ndim}
+    same_rest = all(tensors[name].shape[1:] == expected[name].shape[1:] for name in differing)
+    if not missing and not unknown and classifier and same_rest and len(sizes) == 1:
+        found = sizes.pop()
+        raise CheckpointError(
+            f"'{source}' is for {found} classes; the model has {num_classes}: "
+            f"ask for num_classes={found} or give a checkpoint for {num_classes}"
+        )
+    counts = f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(differing)} of another shape"
+    example = (missing + unknown + differing)[0]
+    raise CheckpointError(
+        f"'{source}' is not for {type(module).__name__} ({counts}, for one '{example}'); give a checkpoint of this "
+        "architecture or name the right model"
+    )
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy checked tensors into ``module``; counters that old files lack keep their value."""
+    with torch.no_grad():
+        own = module.state_dict()
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
