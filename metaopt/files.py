@@ -101,7 +101,7 @@ def safe_load(path: str | os.PathLike[str]) -> Any:
 def _broken(source: Path, error: Exception) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [""])[0][:120]
     return CheckpointError(
-        f"'{source}' is not a readable file of torch.save ({type(error).__name__}: {reason}); write or download it again"
+        f"'{source}' is no readable file of torch.save ({type(error).__name__}: {reason}); write or download it again"
     )
 
 

@@ -36,9 +36,7 @@ def _is_block(module: nn.Module) -> bool:
 def _outermost_blocks(module: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if not _is_block(child):
-            yield from _outermost_blocks(child, f"{path}.")
-        elif _only_holds_blocks(child):
+        if not _is_block(child) or _only_holds_blocks(child):
             yield from _outermost_blocks(child, f"{path}.")
         else:
             yield path

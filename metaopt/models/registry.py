@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from typing import Any
 
 import timm
 import torch
@@ -65,7 +66,7 @@ def _create(name: str, num_classes: int | None) -> nn.Module:
         )
     if num_classes is not None and num_classes < 1:
         raise ModelError(f"num_classes={num_classes}; allowed is 1 or more: give the model's class count")
-    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, ValueError, TypeError) as error:

@@ -6,6 +6,7 @@ and for each block's pooled features.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metaopt.errors import DataError, ModelError
 from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
-from metaopt.models.spec import CUSTOM_PREFIX, ModelSpec
+from metaopt.models.spec import CUSTOM_PREFIX, ModelSpec, triple
 from metaopt.types import ForwardOutput
 
 
@@ -23,7 +24,7 @@ class SourceModel(nn.Module):
     """Wraps ``module`` so that it takes images in [0, 1] and gives logits and features.
 
     The module is held, not copied, and is set to ``eval()``. Names of its tensors are those of the module after
-    ``"module."``. It works under `torch.func.functional_call`, `copy.deepcopy`, in any floating dtype and on any device.
+    ``"module."``. It works under `torch.func.functional_call` and `copy.deepcopy`, in any floating type, on any device.
 
     Args:
         module: any classifier of RGB images; its output is (B, C) logits, or an object with such ``logits``.
@@ -189,15 +190,13 @@ def _complete_spec(
             name=cfg.get("architecture") or f"{CUSTOM_PREFIX}{type(module).__name__}",
             num_classes=_count_classes(module),
             input_size=tuple(cfg["input_size"]) if cfg.get("input_size") else None,
-            mean=tuple(cfg.get("mean") or (0.0, 0.0, 0.0)),
-            std=tuple(cfg.get("std") or (1.0, 1.0, 1.0)),
+            mean=triple("mean", cfg.get("mean") or ModelSpec.mean),
+            std=triple("std", cfg.get("std") or ModelSpec.std),
         )
-    return ModelSpec(
-        name=spec.name,
-        num_classes=spec.num_classes,
-        input_size=spec.input_size,
-        mean=spec.mean if mean is None else tuple(float(value) for value in mean),  # pyright: ignore[reportArgumentType]
-        std=spec.std if std is None else tuple(float(value) for value in std),  # pyright: ignore[reportArgumentType]
+    return replace(
+        spec,
+        mean=spec.mean if mean is None else triple("mean", mean),
+        std=spec.std if std is None else triple("std", std),
     )
 
 

@@ -1,6 +1,6 @@
 """What identifies a source model, in primitives only, so that it can be stored in a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -31,9 +31,6 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise ModelError(f"num_classes={self.num_classes}; allowed is 1 or more: give the model's class count")
-        for label, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3:
-                raise ModelError(f"{label}={values}; allowed are 3 values, one per RGB channel: give 3")
         if min(self.std) <= 0:
             raise ModelError(f"std={self.std}; allowed are values above 0: give the images' standard deviations")
         if self.input_size is not None and (len(self.input_size) != 3 or min(self.input_size) < 1):
@@ -59,12 +56,20 @@ class ModelSpec:
                 name=str(values["name"]),
                 num_classes=int(values["num_classes"]),
                 input_size=None if size is None else (int(size[0]), int(size[1]), int(size[2])),
-                mean=_triple(values["mean"]),
-                std=_triple(values["std"]),
+                mean=triple("mean", values["mean"]),
+                std=triple("std", values["std"]),
             )
         except (TypeError, ValueError, IndexError, ModelError) as error:
             raise CheckpointError(f"model spec {dict(values)} is of no use ({error}); save it again") from error
 
 
-def _triple(values: Any) -> Triple:
-    return (float(values[0]), float(values[1]), float(values[2]))
+def triple(label: str, values: Sequence[float]) -> Triple:
+    """One value per RGB channel.
+
+    Raises:
+        ModelError: there are not three.
+    """
+    if len(values) != 3:
+        raise ModelError(f"{label}={tuple(values)}; allowed are 3 values, one per RGB channel: give 3")
+    red, green, blue = (float(value) for value in values)
+    return (red, green, blue)

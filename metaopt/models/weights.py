@@ -16,7 +16,10 @@ from metaopt.models.spec import Triple
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.", "1.")
-"""What wrappers put before every name: DataParallel, RobustBench and Lightning, torch.compile, Sequential(norm, net)."""
+"""What wrappers put before every name: DataParallel, RobustBench, Lightning, torch.compile, Sequential(norm, net)."""
+
+_DERIVED = ("num_batches_tracked", "relative_position_index", "attn_mask")
+"""Last parts of names of buffers that a network computes itself: some releases store them, others do not."""
 
 _MEAN_NAMES = ("mean", "mu", "normalize.mean", "normalizer.mean", "normalization.mean", "0.mean", "0.mu")
 _STD_NAMES = ("std", "sigma", "normalize.std", "normalizer.std", "normalization.std", "0.std", "0.sigma")
@@ -88,7 +91,11 @@ def _strip_wrappers(tensors: dict[str, Tensor], expected: set[str]) -> Weights:
         inner_mean, inner_std = _normalisation(tensors)
         mean, std = mean or inner_mean, std or inner_std
     extra = (*_MEAN_NAMES, *_STD_NAMES)
-    tensors = {name: tensor for name, tensor in tensors.items() if name in expected or name not in extra}
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in expected or (name not in extra and not name.endswith(_DERIVED))
+    }
     return Weights(tensors, mean, std) if mean and std else Weights(tensors)
 
 
@@ -115,8 +122,8 @@ def _normalisation(tensors: Mapping[str, Tensor]) -> tuple[Triple | None, Triple
 
 def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, num_classes: int, source: Path) -> None:
     """Refuse weights of another architecture or class count with one line that says which."""
-    expected = {name: tensor for name, tensor in module.state_dict().items()}
-    missing = [name for name in expected if name not in tensors and not name.endswith("num_batches_tracked")]
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in tensors and not name.endswith(_DERIVED)]
     unknown = [name for name in tensors if name not in expected]
     differing = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
     if not (missing or unknown or differing):
@@ -139,8 +146,8 @@ def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, num_classes: in
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy checked tensors into ``module``; counters that old files lack keep their value."""
+    """Copy checked tensors into ``module``; buffers that the file lacks keep their value."""
+    own = module.state_dict()
     with torch.no_grad():
-        own = module.state_dict()
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
