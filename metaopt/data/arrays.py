@@ -1,0 +1,87 @@
+"""Images and labels from ``.npy`` files."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from metaopt.data.images import ImageSet
+from metaopt.data.stream import Stream, shifted_stream
+from metaopt.errors import DataError
+
+PathLike = str | os.PathLike[str]
+
+
+def load_arrays(images: PathLike, labels: PathLike | None = None) -> ImageSet:
+    """Images (N, H, W, 3) uint8 and, where given, labels (N,) of any integer type.
+
+    Raises:
+        DataError: a file is missing or no ``.npy`` array, holds another shape or type, is empty, or the numbers differ.
+    """
+    pixels = images_tensor(open_array(images), images)
+    return ImageSet(pixels, None if labels is None else labels_tensor(open_array(labels), labels))
+
+
+def arrays_stream(
+    images: PathLike,
+    labels: PathLike | None = None,
+    corruptions: Sequence[str] = (),
+    severities: Sequence[float] = (5,),
+    limit: int | None = None,
+    seed: int = 0,
+) -> Stream:
+    """The images of a ``.npy`` file, as they are (one domain, "arrays") or under corruptions of the registry.
+
+    Args:
+        images: file of (N, H, W, 3) uint8.
+        labels: file of (N,) integers; without it nothing can be scored.
+        corruptions: names in the registry; none at all takes the images as they are.
+        severities: each in (0, 5].
+        limit: images per corruption, from the top of the file; ``None`` means all.
+        seed: of what the corruptions draw.
+    """
+    return shifted_stream(load_arrays(images, labels).take(limit), corruptions, severities, name="arrays", seed=seed)
+
+
+def open_array(path: PathLike) -> np.ndarray:
+    """A ``.npy`` file mapped into memory, nothing read yet.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds Python objects.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"no file {path}: a .npy array is needed; check the path") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read {path} ({error}): a .npy array of numbers is needed; save it again") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path} holds several arrays: one .npy array is needed; save the images alone")
+    return array
+
+
+def images_tensor(array: np.ndarray, path: PathLike) -> torch.Tensor:
+    """(N, H, W, 3) uint8 as a tensor (N, 3, H, W) of its own memory."""
+    if array.dtype != np.uint8:
+        raise DataError(f"{path} holds {array.dtype}{_not_finite(array)}: images are uint8 in 0..255; convert and save")
+    if array.ndim != 4 or array.shape[3] != 3:
+        raise DataError(f"{path} has shape {array.shape}: images are (N, H, W, 3); transpose and save")
+    if array.size == 0:
+        raise DataError(f"{path} has shape {array.shape}: at least one image is needed; the file is empty")
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def labels_tensor(array: np.ndarray, path: PathLike) -> torch.Tensor:
+    """(N,) integers as int64."""
+    if not np.issubdtype(array.dtype, np.integer):
+        raise DataError(f"{path} holds {array.dtype}{_not_finite(array)}: labels are integers; convert and save")
+    if array.ndim != 1:
+        raise DataError(f"{path} has shape {array.shape}: labels are (N,); flatten and save")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _not_finite(array: np.ndarray) -> str:
+    """A word on NaN and infinity, which a conversion would turn into arbitrary numbers."""
+    floating = np.issubdtype(array.dtype, np.floating)
+    return " with NaN or infinity" if floating and not np.isfinite(array).all() else ""

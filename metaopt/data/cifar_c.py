@@ -1,0 +1,97 @@
+"""Reader of a folder in the form of CIFAR-10-C: one ``<corruption>.npy`` per corruption, and ``labels.npy``.
+
+A published file (D. Hendrycks and T. Dietterich, ICLR 2019) stacks five severities of 10,000 rows each, severity s in the
+rows (s - 1) * 10000 to s * 10000. A file with as many rows as there are distinct images holds one severity alone, 5.
+"""
+
+import difflib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from metaopt.data.arrays import PathLike, images_tensor, labels_tensor, open_array
+from metaopt.data.images import ImageSet
+from metaopt.data.shifts import TEST, shift_names
+from metaopt.data.stream import Domain, Stream
+from metaopt.errors import DataError
+
+SEVERITIES = 5
+SINGLE_SEVERITY = 5  # of a file that holds one severity alone
+
+
+def cifar_c_stream(
+    root: PathLike,
+    corruptions: Sequence[str] | None = None,
+    severities: Sequence[float] = (5,),
+    limit: int | None = None,
+) -> Stream:
+    """One domain per severity and corruption, corruptions innermost; files are read when a domain is met.
+
+    Args:
+        root: the folder.
+        corruptions: names of files without ``.npy``; ``None`` means the fifteen in their usual order.
+        severities: whole numbers 1 to 5.
+        limit: images per corruption, from the top of each severity; ``None`` means all.
+
+    Raises:
+        DataError: no such folder or file, a wrong shape, type or number of rows, or a severity that a file lacks.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}: data.root must hold CIFAR-C files; check the path")
+    names = shift_names(TEST) if corruptions is None else tuple(corruptions)
+    if not names or not severities:
+        raise DataError(f"{len(names)} corruptions at {len(severities)} severities: at least one of each is needed")
+    if limit is not None and limit < 1:
+        raise DataError(f"the limit is {limit}: at least 1 image per corruption is needed; raise data.limit")
+    rows = len(open_array(folder / "labels.npy"))
+    return tuple(_domain(folder, name, severity, rows, limit) for severity in severities for name in names)
+
+
+def _domain(folder: Path, name: str, severity: float, label_rows: int, limit: int | None) -> Domain:
+    """One lazy domain; shapes and rows are checked at once."""
+    if severity not in range(1, SEVERITIES + 1):
+        raise DataError(f"severity {severity}: CIFAR-C files hold 1, 2, 3, 4 and 5; change data.severities")
+    array = open_array(_find(folder, name))
+    start, count = _rows(folder / f"{name}.npy", len(array), label_rows, int(severity))
+    size = count if limit is None else min(limit, count)
+    images_tensor(array[start : start + 1], folder / f"{name}.npy")
+    return Domain(name, float(severity), size, partial(_read, folder, name, start, size))
+
+
+def _find(folder: Path, name: str) -> Path:
+    """The file of a corruption."""
+    path = folder / f"{name}.npy"
+    if path.is_file():
+        return path
+    known = sorted(file.stem for file in folder.glob("*.npy") if file.stem != "labels")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    raise DataError(
+        f"unknown corruption '{name}': "
+        + (f"did you mean '{near[0]}'? {folder} has {', '.join(known)}" if near else f"{folder} has no CIFAR-C files")
+    )
+
+
+def _rows(path: Path, rows: int, label_rows: int, severity: int) -> tuple[int, int]:
+    """First row and number of rows of a severity.
+
+    A file holds one severity, or five; the labels are those of one severity, or the same repeated five times. Where both
+    have as many rows, only the published size tells the two apart.
+    """
+    published = 10_000
+    stacked = rows == SEVERITIES * label_rows or (rows == label_rows and rows == SEVERITIES * published)
+    if stacked:
+        count = rows // SEVERITIES
+        return (severity - 1) * count, count
+    if rows not in (label_rows, label_rows / SEVERITIES):
+        raise DataError(f"{path} has {rows} rows and labels.npy {label_rows}: they must be equal, or 5 to 1; check both")
+    if severity != SINGLE_SEVERITY:
+        raise DataError(f"severity {severity}: {path} holds severity {SINGLE_SEVERITY} alone; set data.severities=[5]")
+    return 0, rows
+
+
+def _read(folder: Path, name: str, start: int, size: int) -> ImageSet:
+    """The images of a domain and their labels, which repeat with every severity."""
+    images = open_array(folder / f"{name}.npy")[start : start + size]
+    labels = labels_tensor(open_array(folder / "labels.npy")[:size], folder / "labels.npy")
+    return ImageSet(images_tensor(images, folder / f"{name}.npy"), labels)

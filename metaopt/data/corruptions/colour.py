@@ -1,0 +1,67 @@
+"""Contrast, brightness and saturation.
+
+Constants: Hendrycks and Dietterich, ICLR 2019, ``make_cifar_c.py``. The hexcone model of hue, saturation and value is
+A. R. Smith's ("Color gamut transform pairs", SIGGRAPH 1978). Every function takes images (B, 3, H, W) in [0, 1], a
+severity in (0, 5] and a generator, which nothing here draws from, and gives images of the same shape.
+"""
+
+import torch
+from torch import Tensor
+
+from metaopt.data.corruptions.severity import constants, truncate, unit
+
+CONTRAST = ((1.0,), (0.75,), (0.5,), (0.4,), (0.3,), (0.15,))  # share of the distance to the mean that is kept
+BRIGHTNESS = ((0.0,), (0.05,), (0.1,), (0.15,), (0.2,), (0.3,))  # added to the value
+# Factor and offset of the saturation. Published severities 1 and 2 take colour away, 3 to 5 add it: between 2 and 3 the
+# line passes the unchanged image.
+SATURATE = ((1.0, 0.0), (0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2))
+
+
+def contrast(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
+    """Pull each channel towards its mean over the image."""
+    (kept,) = constants(CONTRAST, severity)
+    values = unit(images)
+    mean = values.mean(dim=(2, 3), keepdim=True)
+    return truncate((values - mean) * kept + mean, images)
+
+
+def brightness(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
+    """Add to the value (the largest channel) and keep hue and saturation."""
+    (added,) = constants(BRIGHTNESS, severity)
+    hue, saturation, value = to_hsv(unit(images))
+    return truncate(to_rgb(hue, saturation, (value + added).clamp(0, 1)), images)
+
+
+def saturate(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
+    """Scale the saturation and add to it."""
+    factor, added = constants(SATURATE, severity)
+    hue, saturation, value = to_hsv(unit(images))
+    return truncate(to_rgb(hue, (saturation * factor + added).clamp(0, 1), value), images)
+
+
+def to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hue (in turns, [0, 1)), saturation and value of (B, 3, H, W), each (B, H, W); grey has hue 0."""
+    red, green, blue = images.unbind(1)
+    value = images.amax(1)
+    spread = value - images.amin(1)
+    divisor = torch.where(spread > 0, spread, torch.ones_like(spread))
+    sextant = torch.where(value == red, (green - blue) / divisor, torch.zeros_like(value))
+    sextant = torch.where(value == green, 2 + (blue - red) / divisor, sextant)
+    sextant = torch.where(value == blue, 4 + (red - green) / divisor, sextant)
+    hue = torch.where(spread > 0, (sextant / 6).remainder(1), torch.zeros_like(value))
+    saturation = torch.where(spread > 0, spread / value.clamp_min(torch.finfo(value.dtype).tiny), torch.zeros_like(value))
+    return hue, saturation, value
+
+
+def to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """The inverse of ``to_hsv``: (B, 3, H, W)."""
+    sextant = (hue * 6).floor()
+    part = hue * 6 - sextant
+    low = value * (1 - saturation)
+    falling = value * (1 - part * saturation)
+    rising = value * (1 - (1 - part) * saturation)
+    # The channels around the hexcone: which of the four levels each takes in sextant 0, 1, ..., 5.
+    levels = torch.stack([value, rising, falling, low], dim=1)  # (B, 4, H, W)
+    wheel = torch.tensor([[0, 2, 3, 3, 1, 0], [1, 0, 0, 2, 3, 3], [3, 3, 1, 0, 0, 2]], device=hue.device)
+    choice = wheel[:, sextant.long() % 6].movedim(0, 1)  # (B, 3, H, W)
+    return levels.gather(1, choice)

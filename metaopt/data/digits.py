@@ -1,0 +1,73 @@
+"""The embedded data: scikit-learn's handwritten digits as small colour images.
+
+The 1,797 scans of 8x8 pixels are part of scikit-learn's wheel (E. Alpaydin, C. Kaynak, "Optical Recognition of
+Handwritten Digits", UCI, 1998), so nothing is fetched. Each scan is enlarged to 32x32 and drawn with its own random ink
+on its own random paper: only then does a shift of colour, contrast or brightness mean something to a model.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits as load_scans
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from metaopt.data.images import ImageSet, to_bytes
+from metaopt.data.seeding import generator_for
+
+SOURCE_SIZE, UNLABELED_SIZE = 1000, 128
+SIDE = 32  # pixels
+LEAST_CONTRAST = 0.35  # smallest difference in luma between ink and paper
+LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class DigitsParts:
+    """Disjoint stratified parts of the digits."""
+
+    source: ImageSet  # 1,000 labelled images to train a source model on
+    unlabeled: ImageSet  # 128 images without labels, for meta-training
+    stream: ImageSet  # 669 labelled images to deploy on
+
+
+@cache
+def load_digits(seed: int = 0) -> DigitsParts:
+    """The three parts, each (N, 3, 32, 32) uint8; the same for the same seed.
+
+    Args:
+        seed: of the split and of the colours.
+    """
+    scans = load_scans()
+    labels = torch.from_numpy(scans.target).long()
+    images = _colour(torch.from_numpy(scans.images).float() / 16, generator_for(seed, "digits"))
+    rest, source = _split(np.arange(len(labels)), labels, SOURCE_SIZE, seed)
+    stream, unlabeled = _split(rest, labels, UNLABELED_SIZE, seed)
+    return DigitsParts(
+        source=ImageSet(images[source], labels[source]),
+        unlabeled=ImageSet(images[unlabeled]),
+        stream=ImageSet(images[stream], labels[stream]),
+    )
+
+
+def _split(index: np.ndarray, labels: Tensor, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffle and split off ``size`` of the indices, every class in proportion."""
+    return train_test_split(index, test_size=size, stratify=labels[index].numpy(), random_state=seed)
+
+
+def _colour(strokes: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw stroke densities (N, 8, 8) in [0, 1] with random ink on random paper: (N, 3, 32, 32) uint8."""
+    count = strokes.shape[0]
+    density = F.interpolate(strokes[:, None], size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    colours = torch.rand(count, 2, 3, generator=generator)
+    while (poor := _contrast(colours) < LEAST_CONTRAST).any():
+        colours[poor] = torch.rand(int(poor.sum()), 2, 3, generator=generator)
+    ink, paper = colours[:, 0, :, None, None], colours[:, 1, :, None, None]
+    return to_bytes(paper + (ink - paper) * density)
+
+
+def _contrast(colours: Tensor) -> Tensor:
+    """Difference in luma between the two colours (N, 2, 3) of each image: (N,)."""
+    return ((colours[:, 0] - colours[:, 1]) @ LUMA).abs()

@@ -1,0 +1,133 @@
+"""The registry of shifts: named ways in which images drift, with a strength.
+
+A shift is a function ``f(images, strength, generator) -> images`` on a batch of float images (B, 3, H, W) in [0, 1],
+with a strength in (0, 5] that stays the same over the batch. Add your deployment's own:
+
+    register_shift("lens_dirt", my_function, family="meta")
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaopt.data import corruptions
+from metaopt.data.corruptions.severity import check_severity
+from metaopt.data.images import validate_images
+from metaopt.errors import DataError
+
+ShiftFunction = Callable[[Tensor, float, torch.Generator], Tensor]
+
+TEST = "test"  # the fifteen of the benchmark: never seen in meta-training or selection
+META = "meta"  # the held-out four, for meta-training
+SELECTION = "selection"  # outside the nineteen, to choose between policies
+REPORT = "report"  # outside the nineteen, to report on what nobody chose by
+EXTRA = "extra"  # outside the nineteen, to widen the tasks of meta-training
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A named shift; calling it checks what its function gives."""
+
+    name: str
+    function: ShiftFunction
+    family: str
+
+    def __call__(self, images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+        """Shifted images of the same shape, type and device.
+
+        Args:
+            images: (B, 3, H, W) floating point in [0, 1].
+            strength: in (0, 5]; 1 to 5 are the published severities where there are such.
+            generator: source of everything random.
+
+        Raises:
+            DataError: the strength is out of range, or the function gave something else than such images.
+        """
+        shifted = self.function(images, check_severity(strength), generator)
+        if not isinstance(shifted, Tensor) or (shifted.shape, shifted.dtype, shifted.device) != (
+            images.shape,
+            images.dtype,
+            images.device,
+        ):
+            raise DataError(f"shift '{self.name}' gave {_describe(shifted)}: {_describe(images)} went in; give the same")
+        try:
+            return validate_images(shifted)
+        except DataError as error:
+            raise DataError(f"shift '{self.name}' at strength {strength:g}: {error}") from error
+
+
+_SHIFTS: dict[str, Shift] = {}
+
+
+def register_shift(name: str, function: ShiftFunction, *, family: str) -> Shift:
+    """Add a shift to the registry under a new name and give it back.
+
+    Args:
+        name: how configurations call it.
+        function: ``f(images, strength, generator) -> images``.
+        family: any word; the built-in ones are "test", "meta", "selection", "report" and "extra".
+
+    Raises:
+        DataError: the name is taken by another function.
+    """
+    if name in _SHIFTS and _SHIFTS[name].function is not function:
+        raise DataError(f"a shift named '{name}' exists in family '{_SHIFTS[name].family}'; choose another name")
+    _SHIFTS[name] = Shift(name, function, family)
+    return _SHIFTS[name]
+
+
+def get_shift(name: str) -> Shift:
+    """The shift of that name.
+
+    Raises:
+        DataError: there is none; the message names the nearest.
+    """
+    if name not in _SHIFTS:
+        near = difflib.get_close_matches(name, _SHIFTS, n=1, cutoff=0)
+        raise DataError(f"unknown corruption '{name}': did you mean '{near[0]}'? Known are {', '.join(_SHIFTS)}")
+    return _SHIFTS[name]
+
+
+def shift_names(family: str | None = None) -> tuple[str, ...]:
+    """Names in the order of registration, of one family or of all."""
+    return tuple(shift.name for shift in _SHIFTS.values() if family in (None, shift.family))
+
+
+def compose(shifts: Sequence[Shift | str]) -> Shift:
+    """One shift that applies several in turn, all at the strength that it is called with.
+
+    Raises:
+        DataError: no shift was given, or a name is unknown.
+    """
+    chain = [get_shift(shift) if isinstance(shift, str) else shift for shift in shifts]
+    if not chain:
+        raise DataError("0 shifts to compose: at least one is needed; name it")
+
+    def apply(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+        for shift in chain:
+            images = shift(images, strength, generator)
+        return images
+
+    return Shift("+".join(shift.name for shift in chain), apply, "composed")
+
+
+def _describe(value: object) -> str:
+    """Shape, type and device in words."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+
+
+_BUILT_IN: dict[str, tuple[ShiftFunction, ...]] = {
+    TEST: corruptions.TEST_CORRUPTIONS,
+    META: corruptions.META_CORRUPTIONS,
+    SELECTION: (corruptions.gamma, corruptions.posterise),
+    REPORT: (corruptions.hue, corruptions.channel_gain),
+    EXTRA: (corruptions.occlusion,),
+}
+for _family, _functions in _BUILT_IN.items():
+    for _function in _functions:
+        register_shift(_function.__name__, _function, family=_family)
