@@ -1,0 +1,71 @@
+"""Settings of meta-training."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from metaopt.errors import ConfigError
+from metaopt.generator import GeneratorConfig
+from metaopt.inner_loop.backends import BACKENDS
+from metaopt.inner_loop.unroll import UnrollConfig
+from metaopt.meta.loss import META_LOSSES
+from metaopt.meta.tasks import TaskConfig
+
+
+@dataclass(frozen=True)
+class MetaTrainConfig:
+    """What is learned, on which tasks, and for how long. Times are counted in epochs of ``unrolls`` meta-updates."""
+
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    # Weight of each objective term at the start; learned with ``clean_teacher``.
+    objective: dict[str, float] = field(default_factory=lambda: {"slr": 1.0, "diversity": 1.0})
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    unroll: UnrollConfig = field(default_factory=UnrollConfig)
+    loss: str = "clean_teacher"
+    backend: str = "func"
+    steps: int = 8  # K, the longest unroll
+    first_steps: int = 2  # K at the start of the curriculum
+    curriculum: float = 0.5  # share of the epochs over which K grows
+    update_every: int | None = None  # meta-update after so many steps of a running unroll; None: after the whole of it
+    epochs: int = 10
+    unrolls: int = 16  # in an epoch
+    lr: float = 1e-2  # of the meta-optimizer, Adam
+    clip_norm: float = 1.0  # largest norm of the meta-gradient
+    shrinkage: float = 0.02  # weight of the mean square of the log step sizes
+    selection_shifts: tuple[str, ...] = ("gamma", "posterise")
+    selection_tasks: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value against its range."""
+        for key, value, names in (("loss", self.loss, META_LOSSES), ("backend", self.backend, BACKENDS)):
+            if value not in names:
+                raise ConfigError(f"meta.{key} is {value!r}; allowed are {', '.join(names)}: choose one")
+        counts = ("steps", "first_steps", "epochs", "unrolls", "selection_tasks", "update_every")
+        for key in counts:
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"meta.{key} is {value}; it must be at least 1: set meta.{key}=1 or more")
+        for key in ("lr", "clip_norm"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"meta.{key} is {value}; it must be positive and finite: set for example 0.01")
+        if self.shrinkage < 0 or not 0 <= self.curriculum <= 1:
+            raise ConfigError(
+                f"meta.shrinkage is {self.shrinkage} and meta.curriculum {self.curriculum}; allowed are 0 or more and "
+                "[0, 1]: set for example 0.02 and 0.5"
+            )
+
+    def steps_at(self, epoch: int) -> int:
+        """K in epoch ``epoch`` (from 0): grows linearly from ``first_steps`` to ``steps``."""
+        first = min(self.first_steps, self.steps)
+        ramp = max(1, round(self.curriculum * self.epochs))
+        return first + round((self.steps - first) * min(1.0, epoch / ramp))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives, to compare and to store."""
+        values = asdict(self)
+        values["generator"] = self.generator.to_dict()
+        values["tasks"]["strength"] = list(self.tasks.strength)
+        values["selection_shifts"] = list(self.selection_shifts)
+        return values

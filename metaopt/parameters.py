@@ -1,0 +1,151 @@
+"""Which tensors adapt: the affine weight and bias of every normalisation layer.
+
+The adapted tensors are kept as a dictionary from their name in the model to the tensor, in the model's own order, ready
+for ``torch.func.functional_call``. Rules that treat all adapted scalars alike flatten that dictionary once per step.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metaopt.errors import ModelError
+from metaopt.types import Parameters
+
+NORM_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "batch_norm": (_BatchNorm,),
+    "layer_norm": (nn.LayerNorm,),
+    "group_norm": (nn.GroupNorm,),
+    "rms_norm": (nn.RMSNorm,),
+}
+# Own classes of widely used libraries that compute RMSNorm without inheriting from torch's.
+RMS_NORM_NAMES = ("RmsNorm", "RMSNorm", "RmsNorm2d", "LlamaRMSNorm")
+FROZEN_NORM_NAMES = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+
+
+@dataclass(frozen=True)
+class AdaptedTensor:
+    """Where one adapted tensor sits in its model."""
+
+    name: str
+    kind: str  # normalisation kind and role, such as "batch_norm.weight"
+    depth: float  # position among the model's normalisation layers, 0 (first) to 1 (last)
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of scalars in the tensor."""
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """The adapted tensors of one model, in order."""
+
+    tensors: tuple[AdaptedTensor, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the model, in order."""
+        return tuple(tensor.name for tensor in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """N, the number of adapted scalars."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    def take(self, model: nn.Module) -> Parameters:
+        """The model's own tensors (not copies), by name."""
+        own = dict(model.named_parameters())
+        return {name: own[name] for name in self.names}
+
+    def to_list(self) -> list[dict[str, object]]:
+        """Primitives for a checkpoint."""
+        return [
+            {"name": t.name, "kind": t.kind, "depth": t.depth, "shape": list(t.shape)} for t in self.tensors
+        ]
+
+    @classmethod
+    def from_list(cls, rows: Iterable[Mapping[str, object]]) -> "ParameterLayout":
+        """Inverse of :meth:`to_list`."""
+        tensors = [
+            AdaptedTensor(
+                str(row["name"]),
+                str(row["kind"]),
+                float(row["depth"]),  # type: ignore[arg-type]
+                tuple(int(size) for size in row["shape"]),  # type: ignore[union-attr]
+            )
+            for row in rows
+        ]
+        return cls(tuple(tensors))
+
+
+def norm_kind(module: nn.Module) -> str | None:
+    """Kind of normalisation that a module computes, or None for any other module.
+
+    Raises:
+        ModelError: the module is a frozen batch normalisation, whose affine tensors are buffers and cannot adapt.
+    """
+    names = [cls.__name__ for cls in type(module).__mro__]
+    for frozen in FROZEN_NORM_NAMES:
+        if frozen in names:
+            raise ModelError(
+                f"the model holds {frozen}, whose weight and bias are constants; adaptation needs trainable "
+                "normalisation layers: replace it by torch.nn.BatchNorm2d with the same weights"
+            )
+    for kind, classes in NORM_KINDS.items():
+        if isinstance(module, classes):
+            return kind
+    if any(name in RMS_NORM_NAMES for name in names):
+        return "rms_norm"
+    return None
+
+
+def adapted_layout(model: nn.Module) -> ParameterLayout:
+    """Find the affine tensors of all normalisation layers.
+
+    Args:
+        model: any module; tensors shared between layers are listed once, at their first name.
+
+    Raises:
+        ModelError: the model has no normalisation layer with a weight or bias, or has frozen batch normalisation.
+    """
+    layers = [(name, module, norm_kind(module)) for name, module in model.named_modules()]
+    norms = [(name, module, kind) for name, module, kind in layers if kind is not None]
+    seen: set[int] = set()
+    tensors: list[AdaptedTensor] = []
+    for position, (name, module, kind) in enumerate(norms):
+        depth = position / max(1, len(norms) - 1)
+        for role in ("weight", "bias"):
+            tensor = getattr(module, role, None)
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                full_name = f"{name}.{role}" if name else role
+                tensors.append(AdaptedTensor(full_name, f"{kind}.{role}", depth, tuple(tensor.shape)))
+    if not tensors:
+        raise ModelError(
+            f"{type(model).__name__} has no normalisation layer with a weight or bias, so nothing can adapt; allowed are "
+            "models with BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm or RMSNorm: use one of those"
+        )
+    return ParameterLayout(tuple(tensors))
+
+
+def flatten(parameters: Parameters) -> Tensor:
+    """All scalars in order, shape (N,)."""
+    return torch.cat([tensor.reshape(-1) for tensor in parameters.values()])
+
+
+def unflatten(flat: Tensor, like: Parameters) -> Parameters:
+    """Inverse of :func:`flatten`: cut ``flat`` (N,) into the shapes of ``like``."""
+    pieces = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: piece.view(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
+
+
+def detached(parameters: Parameters) -> Parameters:
+    """The same values cut from every graph, as fresh leaves that require a gradient."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}

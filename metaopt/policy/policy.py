@@ -1,0 +1,130 @@
+"""The adaptation policy: the composition of parts that decides how a model changes itself, batch by batch.
+
+Every method is one instance of :class:`AdaptationPolicy`; what differs is which parts it holds:
+
+========= ================= ============================ ======================
+method    statistics        objective                    update rule
+========= ================= ============================ ======================
+source    of the source     --                           --
+bn        of the batch      --                           --
+tent      of the batch      entropy                      Adam
+adam      of the batch      any                          Adam
+mgtta     of the batch      entropy + discrepancy        ``published`` generator
+policy    of the batch      learned weights              learned generator
+========= ================= ============================ ======================
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaopt.objectives import WeightedObjective
+from metaopt.policy.state import PolicyState
+from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
+
+
+class AdaptationPolicy(nn.Module):
+    """Objective, update rule and normalisation statistics of one method.
+
+    Args:
+        method: name of the composition, for reports.
+        batch_statistics: whether BatchNorm layers normalise by the batch (else by the source's running statistics).
+        objective: label-free loss; None for a method that never updates.
+        rule: update rule; None for a method that never updates. A learned rule is an ``nn.Module`` and its tensors are
+            learned together with the objective's weights.
+        statistics: source statistics of the features, where the objective needs them.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        *,
+        batch_statistics: bool = True,
+        objective: WeightedObjective | None = None,
+        rule: UpdateRule | None = None,
+        statistics: SourceStatistics | None = None,
+    ) -> None:
+        super().__init__()
+        if (objective is None) != (rule is None):
+            raise ValueError("an objective needs an update rule, and an update rule an objective")
+        self.method = method
+        self.batch_statistics = batch_statistics
+        self.objective = objective
+        self.rule = rule
+        self.statistics = statistics
+
+    @property
+    def updates(self) -> bool:
+        """Whether the method changes parameters at all."""
+        return self.rule is not None
+
+    def init(self, parameters: Parameters) -> PolicyState:
+        """State before the first batch."""
+        return PolicyState(rule=None if self.rule is None else self.rule.init(parameters))
+
+    def evaluate(self, model: nn.Module, parameters: Parameters, images: Tensor) -> StepOutput:
+        """Predict and weigh the loss, without an update.
+
+        Args:
+            model: source model, called through ``torch.func.functional_call``.
+            parameters: adapted tensors that stand in for the model's own.
+            images: (B, 3, H, W) in [0, 1].
+        """
+        arguments = {
+            "batch_statistics": self.batch_statistics,
+            "features": self.objective is not None and self.objective.needs_features,
+        }
+        output = functional_call(model, parameters, (images,), arguments)
+        if self.objective is None:
+            return StepOutput(output.logits)
+        loss, terms = self.objective.loss(output, self.statistics)
+        return StepOutput(output.logits, loss, terms)
+
+    def step(
+        self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor, apply: ApplyUpdate
+    ) -> tuple[Parameters, PolicyState, StepOutput]:
+        """The one adaptation step: predict on a batch, then update on it.
+
+        Meta-training unrolls it with a differentiable ``apply``; deployment runs it with an in-place one.
+
+        Args:
+            model: source model.
+            parameters: adapted tensors before this batch.
+            state: state before this batch.
+            images: (B, 3, H, W) in [0, 1].
+            apply: how a loss becomes new parameters.
+
+        Returns:
+            Parameters and state after this batch, and the predictions made *before* the update.
+        """
+        output = self.evaluate(model, parameters, images)
+        if output.loss is None:
+            return parameters, state, output
+        parameters, rule_state = apply(output.loss, parameters, state.rule)
+        return parameters, replace(state, rule=rule_state), output
+
+    def to(self, *args: Any, **kwargs: Any) -> "AdaptationPolicy":
+        """Move the learned tensors and the source statistics."""
+        super().to(*args, **kwargs)
+        if self.statistics is not None:
+            self.statistics = SourceStatistics(
+                tuple(mean.to(*args, **kwargs) for mean in self.statistics.mean),
+                tuple(std.to(*args, **kwargs) for std in self.statistics.std),
+            )
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy to ``path`` (see :mod:`metaopt.policy.checkpoint`)."""
+        from metaopt.policy.checkpoint import save_policy
+
+        save_policy(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AdaptationPolicy":
+        """Read a policy from ``path`` (see :mod:`metaopt.policy.checkpoint`)."""
+        from metaopt.policy.checkpoint import load_policy
+
+        return load_policy(path)
