@@ -1,0 +1,16 @@
+"""The bridge between the command line and the library: the only place inside the package that knows Hydra."""
+
+from metaopt.configs.bridge import compose as compose
+from metaopt.configs.bridge import help_text as help_text
+from metaopt.configs.command import resolve_device as resolve_device
+from metaopt.configs.command import run_command as run_command
+from metaopt.configs.schema import BenchmarkSettings as BenchmarkSettings
+from metaopt.configs.schema import DataSection as DataSection
+from metaopt.configs.schema import GeneratorSection as GeneratorSection
+from metaopt.configs.schema import MetaSection as MetaSection
+from metaopt.configs.schema import MetaTrainSettings as MetaTrainSettings
+from metaopt.configs.schema import MethodSection as MethodSection
+from metaopt.configs.schema import ModelSection as ModelSection
+from metaopt.configs.schema import OnlineSettings as OnlineSettings
+from metaopt.configs.schema import SourceSection as SourceSection
+from metaopt.configs.schema import SourceSettings as SourceSettings
