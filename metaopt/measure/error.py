@@ -1,0 +1,83 @@
+"""Error and calibration of one domain of a stream, batch by batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.aggregation import MeanMetric
+
+from metaopt.errors import DataError
+from metaopt.measure.calibration import CalibrationError, confidences
+
+
+@dataclass(frozen=True)
+class DomainResult:
+    """What a domain scored. Errors are in percent and None where no image had a label."""
+
+    error: float | None
+    ece: float | None
+    images: int
+
+
+class DomainScore:
+    """Counts errors and calibration over the batches of one domain.
+
+    A row without a softmax (NaN or +inf in it) counts as wrong, with confidence 0: diverging is no excuse.
+
+    Args:
+        num_classes: C, which the logits must have and the labels stay under.
+        bins: number of confidence bins of the calibration error.
+    """
+
+    def __init__(self, num_classes: int, *, bins: int = 15) -> None:
+        self.num_classes = num_classes
+        self.images = 0
+        self.cumulative_error: list[float] = []  # percent over all images so far, after each labelled batch
+        self._wrong = MeanMetric(nan_strategy="error")
+        self._calibration = CalibrationError(bins)
+
+    def update(self, logits: Tensor, labels: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            logits: (B, C).
+            labels: (B,), integers in 0..C-1, or None where the truth is not known.
+
+        Raises:
+            DataError: the logits do not have C columns, or the labels do not go with them.
+        """
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            raise DataError(
+                f"logits of shape {tuple(logits.shape)}: the score was made for (images, {self.num_classes}); "
+                "make it with the model's number of classes"
+            )
+        self.images += logits.shape[0]
+        if labels is None or logits.shape[0] == 0:
+            return
+        labels = self._checked(labels, logits.shape[0]).to(logits.device)
+        confidence = confidences(logits)  # (B,)
+        correct = (logits.detach().argmax(dim=1) == labels) & (confidence > 0)  # (B,)
+        self._wrong.update((~correct).float().cpu())
+        self._calibration.update(confidence, correct)
+        self.cumulative_error.append(100.0 * float(self._wrong.compute()))
+
+    def result(self) -> DomainResult:
+        """Error and ECE over the batches so far."""
+        error = self.cumulative_error[-1] if self.cumulative_error else None
+        return DomainResult(error=error, ece=self._calibration.percent(), images=self.images)
+
+    def _checked(self, labels: Tensor, count: int) -> Tensor:
+        if labels.shape != (count,):
+            raise DataError(
+                f"labels of shape {tuple(labels.shape)} for {count} images: allowed is ({count},); "
+                "give one label an image"
+            )
+        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise DataError(f"labels of type {labels.dtype}: allowed are integers; convert them with .long()")
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= self.num_classes:
+            raise DataError(
+                f"labels from {lowest} to {highest}: allowed is 0 to {self.num_classes - 1}; "
+                "map them to the model's classes"
+            )
+        return labels

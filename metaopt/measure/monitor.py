@@ -1,0 +1,160 @@
+"""TensorBoard: scalars and figures out, scalars back in."""
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from metaopt.errors import DataError
+from metaopt.files import ensure_writable_folder
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# Chart groups of TensorBoard's "Custom scalars" tab: group -> chart -> pattern of the tags it draws.
+LAYOUT = {
+    "Meta": {
+        "loss": ["Multiline", [r"meta/loss.*"]],
+        "gradient norm": ["Multiline", [r"meta/grad_norm"]],
+        "bytes over budget": ["Multiline", [r"meta/bytes_over_budget"]],
+    },
+    "Policy": {
+        "keep ratio": ["Multiline", [r"policy/keep_ratio/.*"]],
+        "expert usage": ["Multiline", [r"policy/expert_usage/.*"]],
+    },
+    "Online": {
+        "error": ["Multiline", [r"online/error"]],
+        "entropy": ["Multiline", [r"online/entropy"]],
+        "activation MiB": ["Multiline", [r"online/activation_mib"]],
+        "step ms": ["Multiline", [r"online/step_ms"]],
+        "guard": ["Multiline", [r"online/guard/.*"]],
+    },
+}
+
+_EVENT_PREFIX = "events.out.tfevents."
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """TensorBoard imports TensorFlow where that is installed, and both greet with logs and deprecation warnings."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _quiet_reading() -> Iterator[None]:
+    """TensorBoard warns of every purge, and one is asked for at each start of a run."""
+    logger = logging.getLogger("tensorboard")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _open_writer(folder: Path, purge_step: int) -> "SummaryWriter":
+    with _quiet_import():
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+
+
+def _wait_for_later_file_name(folder: Path) -> None:
+    """Event files are read in the order of their names, which begin with the second they were made in."""
+    made = (path.name.removeprefix(_EVENT_PREFIX).split(".")[0] for path in folder.glob(f"{_EVENT_PREFIX}*"))
+    if str(int(time.time())) in made:
+        time.sleep(1.0 - math.modf(time.time())[0])
+
+
+class Monitor:
+    """Writes a run's curves where TensorBoard finds them; with no folder it takes everything and does nothing.
+
+    Args:
+        folder: of the event files, made when missing; None for a monitor that writes nothing.
+        resume_step: the first step that will be written. What the folder holds from that step on is dropped from the
+            curves: everything for a new run in an old folder (0), only the lost steps for a run that goes on.
+
+    Raises:
+        OutputError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path | None, *, resume_step: int = 0) -> None:
+        self.folder = None if folder is None else ensure_writable_folder(Path(folder))
+        self._writer: SummaryWriter | None = None
+        if self.folder is not None:
+            _wait_for_later_file_name(self.folder)
+            self._writer = _open_writer(self.folder, resume_step)
+            self._writer.add_custom_scalars(LAYOUT)
+
+    def scalar(self, tag: str, value: Any, step: int) -> None:
+        """One point of a curve; ``value`` is a number or a tensor of one element."""
+        if self._writer is not None:
+            self._writer.add_scalar(tag, float(value), step)
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        """A matplotlib figure, drawn as an image."""
+        if self._writer is None:
+            return
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]  # (H, W, 3), uint8
+        self._writer.add_image(tag, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Bring what was written so far to the disk."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close; what comes afterwards is ignored."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> "Monitor":
+        """The monitor itself."""
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Close, also after an error."""
+        self.close()
+
+
+def read_scalars(folder: str | Path, tag: str) -> list[tuple[int, float]]:
+    """A curve back from the event files of a folder, as (step, value) in the order of writing.
+
+    Raises:
+        DataError: the folder holds no such curve.
+    """
+    with _quiet_import():
+        from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+    with _quiet_reading():
+        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()  # 0 keeps every point
+    tags = events.Tags()[SCALARS]
+    if tag not in tags:
+        raise DataError(
+            f"no curve {tag!r} in {folder}: it holds {', '.join(sorted(tags)) or 'none'}; name one of those"
+        )
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def curve_figure(values: Sequence[float], title: str, xlabel: str, ylabel: str) -> Figure:
+    """A line through ``values`` at positions 1, 2, ...; made without pyplot, so no global state is touched."""
+    figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(values) + 1), [float(value) for value in values], marker="o", markersize=3)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure

@@ -1,0 +1,149 @@
+"""What a run shows in the terminal: a progress bar while it works, a table when it is done."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import IO, Any
+
+from rich.box import ASCII, SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+Cell = str | int | float | None
+
+
+def _cell(value: Cell) -> Text:
+    """Plain text of a cell: two decimals for a float, a dash for nothing. ``Text``, so that [brackets] stay."""
+    if value is None:
+        return Text("-")
+    return Text(f"{value:.2f}" if isinstance(value, float) else str(value))
+
+
+def closing_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], file: IO[str] | None = None
+) -> None:
+    """Print a table: plain, as wide as it needs, outside a terminal; folded to the window inside one.
+
+    Args:
+        title: line above the table.
+        columns: headings.
+        rows: one cell per column; floats get two decimals, None a dash. A column without strings is right-aligned.
+        file: where to print; standard output when None.
+    """
+    console = Console(file=file or sys.stdout, highlight=False)
+    table = Table(box=SIMPLE_HEAD if console.is_terminal else ASCII)
+    for index, heading in enumerate(columns):
+        numeric = not any(isinstance(row[index], str) for row in rows)
+        table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    if not console.is_terminal:
+        unlimited = console.options.update(width=100_000)
+        console.width = Measurement.get(console, unlimited, table).maximum
+    console.print(Text(title), soft_wrap=True)
+    console.print(table)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class ProgressBar:
+    """A bar with the latest loss and the time left; outside a terminal, a line every few seconds instead.
+
+    Use it as a context and call :meth:`update` after each piece of work.
+
+    Args:
+        total: number of pieces.
+        description: what is being done.
+        quiet: show nothing at all.
+        completed: pieces that were done before, for a run that goes on; they do not count in the time left.
+        seconds_between_lines: how often a line is printed outside a terminal. The first and last update always get one.
+        file: where to show it; standard error when None.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        description: str,
+        *,
+        quiet: bool = False,
+        completed: int = 0,
+        seconds_between_lines: float = 10.0,
+        file: IO[str] | None = None,
+    ) -> None:
+        self.total, self.description, self.completed = total, description, completed
+        self.loss: float | None = None
+        self._quiet = quiet
+        self._file = file or sys.stderr
+        self._seconds_between_lines = seconds_between_lines
+        self._started_with = completed
+        self._start = time.monotonic()
+        self._last_line: float | None = None
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> "ProgressBar":
+        """Show the empty bar."""
+        console = Console(file=self._file, highlight=False)
+        self._start = time.monotonic()
+        if console.is_terminal and not self._quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[loss]}", markup=False),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task(self.description, total=self.total, completed=self.completed, loss="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def update(self, loss: Any = None, *, advance: int = 1) -> None:
+        """Some more work is done.
+
+        Args:
+            loss: the latest loss, a number or a tensor of one element; None leaves the one that is shown.
+            advance: pieces done since the last call.
+        """
+        self.completed += advance
+        if self._quiet:
+            return
+        if loss is not None:
+            self.loss = float(loss)
+        if self._bar is not None:
+            shown = "" if self.loss is None else f"loss {self.loss:.4f}"
+            self._bar.update(self._task, completed=self.completed, loss=shown)
+        else:
+            self._print_line_when_due()
+
+    def _print_line_when_due(self) -> None:
+        now = time.monotonic()
+        early = self._last_line is not None and now - self._last_line < self._seconds_between_lines
+        if early and self.completed != self.total:
+            return
+        self._last_line = now
+        line = f"{self.description} {self.completed}/{self.total}"
+        if self.loss is not None:
+            line += f" loss {self.loss:.4f}"
+        done = self.completed - self._started_with
+        if done > 0 and self.completed < self.total:
+            line += f" ETA {_clock((now - self._start) / done * (self.total - self.completed))}"
+        print(line, file=self._file, flush=True)
+
+
+def progress(total: int, description: str, *, quiet: bool = False, completed: int = 0) -> ProgressBar:
+    """A progress bar on standard error: ``with progress(100, "Meta-training") as bar: ...; bar.update(loss=loss)``."""
+    return ProgressBar(total, description, quiet=quiet, completed=completed)
