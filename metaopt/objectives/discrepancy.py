@@ -22,11 +22,11 @@ def biased_std(features: Tensor) -> Tensor:
     """Biased standard deviation over the samples of ``features`` (B, D), shape (D,).
 
     A constant feature has standard deviation zero, with zero first and second derivatives; so has one that varies less
-    than the rounding of its mean, or so little that 1/σ³ would overflow.
+    than the rounding of its mean, or so little that its variance is subnormal.
     """
     variance, mean = torch.var_mean(features, dim=0, correction=0)  # (D,), (D,)
     precision = torch.finfo(variance.dtype)
-    varies = variance > (4 * precision.eps * mean).square() + precision.tiny**0.5
+    varies = variance > (4 * precision.eps * mean).square() + precision.tiny
     # Two wheres: with the outer one alone, the derivative of sqrt(0) would still come back as 0 · inf = NaN.
     return torch.where(varies, torch.where(varies, variance, 1.0).sqrt(), 0.0)
 

@@ -101,10 +101,12 @@ def test_shifting_all_logits_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_type_and_device_of_the_output_are_kept(name: str, dtype: torch.dtype) -> None:
-    # The statistics and the weights keep float32: what they are compared with decides.
-    loss, terms = WeightedObjective({name: 0.3}).loss(random_output(dtype), statistics())
-    assert loss.dtype == terms[name].dtype == dtype
-    assert loss.device == random_output(dtype).logits.device
+    # Whatever the statistics and the weights are in: what they are compared with decides.
+    for other in (torch.float32, torch.float64):
+        objective = WeightedObjective({name: 0.3}).to(other)
+        loss, terms = objective.loss(random_output(dtype), statistics(other))
+        assert loss.dtype == terms[name].dtype == dtype
+        assert loss.device == random_output(dtype).logits.device
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
