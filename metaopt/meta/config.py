@@ -12,6 +12,9 @@ from metaopt.meta.loss import META_LOSSES
 from metaopt.meta.tasks import TaskConfig
 
 
+SCHEDULES = ("cosine", "constant")
+
+
 @dataclass(frozen=True)
 class MetaTrainConfig:
     """What is learned, on which tasks, and for how long. Times are counted in epochs of ``unrolls`` meta-updates."""
@@ -30,15 +33,19 @@ class MetaTrainConfig:
     epochs: int = 10
     unrolls: int = 16  # in an epoch
     lr: float = 1e-2  # of the meta-optimizer, Adam
+    schedule: str = "cosine"  # of that rate: "cosine" falls to a tenth, "constant" stays
     clip_norm: float = 1.0  # largest norm of the meta-gradient
     shrinkage: float = 0.02  # weight of the mean square of the log step sizes
     selection_shifts: tuple[str, ...] = ("gamma", "posterise")
     selection_tasks: int = 6
+    select_best: bool = True  # keep the epoch that is best on the selection tasks; else the last one
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
-        for key, value, names in (("loss", self.loss, META_LOSSES), ("backend", self.backend, BACKENDS)):
+        choices = (("loss", META_LOSSES), ("backend", BACKENDS), ("schedule", SCHEDULES))
+        for key, names in choices:
+            value = getattr(self, key)
             if value not in names:
                 raise ConfigError(f"meta.{key} is {value!r}; allowed are {', '.join(names)}: choose one")
         counts = ("steps", "first_steps", "epochs", "unrolls", "selection_tasks", "update_every")

@@ -1,1 +1,13 @@
-"""."""
+"""The adaptation policy: the learned whole, its one step, its state and its file."""
+
+from metaopt.policy.checkpoint import SourceRecord as SourceRecord
+from metaopt.policy.checkpoint import check_source as check_source
+from metaopt.policy.checkpoint import load_policy as load_policy
+from metaopt.policy.checkpoint import policy_from_dict as policy_from_dict
+from metaopt.policy.checkpoint import policy_to_dict as policy_to_dict
+from metaopt.policy.checkpoint import save_policy as save_policy
+from metaopt.policy.methods import MethodConfig as MethodConfig
+from metaopt.policy.methods import build_method as build_method
+from metaopt.policy.methods import new_policy as new_policy
+from metaopt.policy.policy import AdaptationPolicy as AdaptationPolicy
+from metaopt.policy.state import PolicyState as PolicyState

@@ -16,7 +16,7 @@ policy    of the batch      learned weights              learned generator
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -24,6 +24,9 @@ from torch.func import functional_call
 from metaopt.objectives import WeightedObjective
 from metaopt.policy.state import PolicyState
 from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
+
+if TYPE_CHECKING:
+    from metaopt.policy.checkpoint import SourceRecord
 
 
 class AdaptationPolicy(nn.Module):
@@ -55,6 +58,8 @@ class AdaptationPolicy(nn.Module):
         self.objective = objective
         self.rule = rule
         self.statistics = statistics
+        self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
+        self.training: dict[str, Any] = {}  # how it was meta-trained: primitives, for reports
 
     @property
     def updates(self) -> bool:
@@ -84,7 +89,7 @@ class AdaptationPolicy(nn.Module):
         return StepOutput(output.logits, loss, terms)
 
     def step(
-        self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor, apply: ApplyUpdate
+        self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor, apply: ApplyUpdate | None
     ) -> tuple[Parameters, PolicyState, StepOutput]:
         """The one adaptation step: predict on a batch, then update on it.
 
@@ -95,13 +100,13 @@ class AdaptationPolicy(nn.Module):
             parameters: adapted tensors before this batch.
             state: state before this batch.
             images: (B, 3, H, W) in [0, 1].
-            apply: how a loss becomes new parameters.
+            apply: how a loss becomes new parameters; None only for a method that never updates.
 
         Returns:
             Parameters and state after this batch, and the predictions made *before* the update.
         """
         output = self.evaluate(model, parameters, images)
-        if output.loss is None:
+        if output.loss is None or apply is None:
             return parameters, state, output
         parameters, rule_state = apply(output.loss, parameters, state.rule)
         return parameters, replace(state, rule=rule_state), output

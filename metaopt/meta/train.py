@@ -1,0 +1,47 @@
+"""Meta-training as one call on one's own module and images."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from metaopt.data.images import validate_images
+from metaopt.data.shifts import Shift
+from metaopt.measure import progress
+from metaopt.meta.config import MetaTrainConfig
+from metaopt.meta.trainer import MetaTrainer
+from metaopt.models import SourceModel
+from metaopt.policy import AdaptationPolicy
+
+
+def meta_train(
+    model: nn.Module,
+    images: Tensor,
+    shifts: Sequence[str | Shift] | None = None,
+    config: MetaTrainConfig | None = None,
+    *,
+    quiet: bool = False,
+) -> AdaptationPolicy:
+    """Meta-train an adaptation policy for a pre-trained model.
+
+    Args:
+        model: classifier with normalisation layers: a ``SourceModel``, or any module that takes images in [0, 1] (one of
+            timm's gets its own normalisation; wrap others in ``SourceModel(module, mean=..., std=...)``). Its tensors
+            are frozen, not changed.
+        images: clean unlabeled images of the source domain, (n, 3, H, W) in [0, 1]; 128 are enough.
+        shifts: what deployment may bring: names from ``metaopt.shift_names()``, or shifts of one's own from
+            ``metaopt.register_shift``; None: speckle noise, gaussian blur, spatter and saturate.
+        config: settings; None: the defaults.
+        quiet: show no progress bar.
+
+    Returns:
+        The policy, to be saved by ``policy.save("ckpt.pt")`` or deployed by ``OnlineAdapter(model, policy)``.
+
+    Raises:
+        ModelError: the model has no normalisation layer that can adapt.
+        DataError: the images have the wrong shape, type or range.
+    """
+    config = config or MetaTrainConfig()
+    source = model if isinstance(model, SourceModel) else SourceModel(model)
+    trainer = MetaTrainer(source, validate_images(images), shifts, config)
+    with progress(config.epochs * config.unrolls, "Meta-training", quiet=quiet) as bar:
+        return trainer.run(on_unroll=lambda loss: bar.update(loss=loss))

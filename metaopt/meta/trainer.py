@@ -1,0 +1,283 @@
+"""Meta-training: learn the policy's generator, step sizes and objective weights on a few unlabeled images."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.data.seeding import generator_for
+from metaopt.data.shifts import META, Shift, shift_names
+from metaopt.errors import CheckpointError, DataError
+from metaopt.generator import GradientGenerator
+from metaopt.inner_loop import MetaBatch, build_backend, learned_tensors, meta_gradient, unrolled_loss
+from metaopt.measure import Monitor, curve_figure
+from metaopt.meta.config import MetaTrainConfig
+from metaopt.meta.loss import CleanTeacher, build_meta_loss
+from metaopt.meta.tasks import Task, TaskSampler
+from metaopt.models import SourceModel
+from metaopt.objectives import source_statistics
+from metaopt.parameters import adapted_layout
+from metaopt.policy import AdaptationPolicy, SourceRecord, new_policy
+
+
+@dataclass
+class Counters:
+    """How far meta-training has come."""
+
+    # Change at every unroll.
+    epoch: int = 0  # epochs that are complete
+    unroll: int = 0  # unrolls that are complete in the present epoch
+    updates: int = 0  # meta-updates, skipped ones included
+    skipped: int = 0  # meta-updates left out for a non-finite loss or gradient
+    # Change at every epoch.
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    selection: list[float] = field(default_factory=list)  # loss on the selection tasks: at the start, after each epoch
+
+
+class MetaTrainer:
+    """Learns one policy. :meth:`run` may be called again, in this process or after :meth:`load_state_dict` in another.
+
+    Args:
+        model: source model; its tensors are frozen.
+        images: clean unlabeled images, (n, 3, H, W) in [0, 1]; they also give the source statistics.
+        shifts: what to adapt to in training: registered names or shifts; None: the four of the ``meta`` family.
+        config: settings.
+        monitor: where curves go; None: nowhere.
+
+    Raises:
+        ModelError: the model has nothing to adapt.
+        DataError: fewer than two images.
+    """
+
+    def __init__(
+        self,
+        model: SourceModel,
+        images: Tensor,
+        shifts: Sequence[str | Shift] | None = None,
+        config: MetaTrainConfig | None = None,
+        monitor: Monitor | None = None,
+    ) -> None:
+        self.config = config = config or MetaTrainConfig()
+        if len(images) < 2:
+            raise DataError(f"meta-training got {len(images)} images; at least 2 are needed: give for example 128")
+        self.model, self.images = model.requires_grad_(False), images
+        self.monitor = monitor or Monitor(None)
+        layout = adapted_layout(model)
+        self.parameters = {name: tensor.detach() for name, tensor in layout.take(model).items()}
+        self.meta_loss = build_meta_loss(config.loss)
+        shifts = shift_names(META) if shifts is None else shifts
+        self.sampler = TaskSampler(images, shifts, config.tasks, self._teach)
+        self.selection = held_out_tasks(self.sampler, config.selection_shifts, config.selection_tasks, config.steps)
+        self.policy = new_policy(
+            config.generator,
+            config.objective,
+            layout.names,
+            learned_objective=not self.meta_loss.own_objective,
+            seed=config.seed,
+        ).to(images.device, next(iter(self.parameters.values())).dtype)
+        assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)
+        if self.policy.objective.needs_features:
+            self.policy.statistics = source_statistics(model, images, config.tasks.batch_size)
+        self.policy.source = SourceRecord.of(model)
+        self.rule = self.policy.rule
+        self.apply = build_backend(config.backend, self.rule)
+        self.optimizer = torch.optim.Adam(learned_tensors(self.policy).values(), lr=config.lr)
+        self.randomness = generator_for("meta-training", config.seed)
+        self.counters = Counters()
+        self.best = self._weights()
+
+    def run(
+        self,
+        stop_after: int | None = None,
+        on_unroll: Callable[[float], None] | None = None,
+        on_epoch: Callable[[], None] | None = None,
+    ) -> AdaptationPolicy:
+        """Train to the end, or for ``stop_after`` more epochs, and return the policy that is best so far.
+
+        Args:
+            stop_after: epochs in this call.
+            on_unroll: called with the meta-loss after each unroll; whenever it is, :meth:`state_dict` is consistent.
+            on_epoch: called after each epoch.
+        """
+        counters, config = self.counters, self.config
+        last = config.epochs if stop_after is None else min(config.epochs, counters.epoch + stop_after)
+        if not counters.selection:
+            self._select()
+        while counters.epoch < last:
+            while counters.unroll < config.unrolls:
+                loss = self._unroll(config.steps_at(counters.epoch))
+                counters.unroll += 1
+                if on_unroll is not None:
+                    on_unroll(loss)
+            counters.epoch, counters.unroll = counters.epoch + 1, 0
+            self._select()
+            if on_epoch is not None:
+                on_epoch()
+        return self.best_policy()
+
+    def best_policy(self) -> AdaptationPolicy:
+        """The policy with the weights that model selection kept."""
+        self.policy.load_state_dict(self.best)
+        self.policy.training = {
+            "config": self.config.to_dict(),
+            "epochs": self.counters.epoch,
+            "best_epoch": self.counters.best_epoch,
+            "selection": list(self.counters.selection),
+            "skipped": self.counters.skipped,
+        }
+        return self.policy
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that another trainer needs to go on bit-identically: tensors and primitives."""
+        return {
+            "config": self.config.to_dict(),
+            "source": self.policy.source.sha256 if self.policy.source else "",
+            "weights": self._weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "randomness": self.randomness.get_state(),
+            "counters": {**vars(self.counters), "selection": list(self.counters.selection)},
+            "best": self.best,
+        }
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            CheckpointError: it was taken under other settings, from another model, or is damaged.
+        """
+        try:
+            config, source = values["config"], values["source"]
+            differing = sorted(key for key, value in self.config.to_dict().items() if config.get(key) != value)
+            if differing:
+                raise CheckpointError(
+                    f"the run to resume had other settings of {', '.join(differing)}; allowed are the same ones: repeat "
+                    "its overrides, or start a new run"
+                )
+            if self.policy.source is None or source != self.policy.source.sha256:
+                raise CheckpointError("the run to resume had another source model; allowed is the same: load its weights")
+            self.policy.load_state_dict(values["weights"])
+            self.optimizer.load_state_dict(values["optimizer"])
+            self.randomness.set_state(values["randomness"])
+            self.counters = Counters(**values["counters"])
+            self.best = values["best"]
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"the run to resume is damaged ({reason}); start a new run") from error
+
+    def evaluate(self, tasks: Sequence[Task], policy: AdaptationPolicy | None = None) -> Tensor:
+        """Mean of the meta-loss over the positions of each task, (tasks,)."""
+        policy = policy or self.policy
+        scores = [unrolled_loss(policy, self.model, self.parameters, task, self.meta_loss) for task in tasks]
+        return torch.tensor([float(torch.stack(score).mean()) for score in scores])
+
+    def _unroll(self, steps: int) -> float:
+        """One task: meta-updates along it, or one at its end. Returns the mean meta-loss."""
+        task = self.sampler.sample(steps, self.randomness)
+        length = min(self.config.update_every or steps, steps)
+        parameters, state = self.parameters, None
+        losses: list[Tensor] = []
+        for start in range(0, steps, length):
+            result = meta_gradient(
+                self.policy,
+                self.model,
+                parameters,
+                state,
+                _Window(task, start, min(start + length, steps) + 1),
+                self.meta_loss,
+                apply=self.apply,
+                config=self.config.unroll,
+                generator=self.randomness,
+            )
+            parameters, state = result.parameters, result.state
+            losses.extend(result.losses)
+            self._update(result.loss, result.gradients, steps)
+        self._log_unroll(losses)
+        return float(torch.stack(losses).mean())
+
+    def _update(self, loss: Tensor, gradients: dict[str, Tensor], steps: int) -> None:
+        """One step of the meta-optimizer, unless the loss or a gradient is not finite."""
+        counters, tensors = self.counters, learned_tensors(self.policy)
+        counters.updates += 1
+        for name, tensor in tensors.items():
+            tensor.grad = gradients[name].to(tensor)
+        (self.config.shrinkage * self.rule.penalty()).backward() if self.rule.log_step_sizes is not None else None
+        norm = torch.nn.utils.clip_grad_norm_(tensors.values(), self.config.clip_norm)
+        if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
+            self.optimizer.param_groups[0]["lr"] = self.config.lr * self._rate(counters)
+            self.optimizer.step()
+        else:
+            counters.skipped += 1
+        self.optimizer.zero_grad()
+        self.monitor.scalar("meta/loss", loss, counters.updates)
+        self.monitor.scalar(f"meta/loss_{self.config.loss}", loss, counters.updates)
+        self.monitor.scalar("meta/grad_norm", norm, counters.updates)
+        self.monitor.scalar("meta/steps", steps, counters.updates)
+        self.monitor.scalar("meta/skipped", counters.skipped, counters.updates)
+
+    def _rate(self, counters: Counters) -> float:
+        """Factor on the meta-optimizer's rate: a cosine from 1 to 0.1 over the whole training."""
+        if self.config.schedule == "constant":
+            return 1.0
+        done = (counters.epoch * self.config.unrolls + counters.unroll) / (self.config.epochs * self.config.unrolls)
+        return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))
+
+    def _log_unroll(self, losses: list[Tensor]) -> None:
+        if self.counters.unroll == self.config.unrolls - 1:
+            figure = curve_figure(
+                [float(loss) for loss in losses], "Meta-loss along the unroll", "adaptation steps taken", "meta-loss"
+            )
+            self.monitor.figure("meta/loss_over_unroll", figure, self.counters.updates)
+
+    def _select(self) -> None:
+        """Score the weights on held-out tasks, without labels, and keep the best."""
+        counters = self.counters
+        score = CleanTeacher()
+        losses = [
+            torch.stack(unrolled_loss(self.policy, self.model, self.parameters, task, score)).mean()
+            for task in self.selection
+        ]
+        loss = float(torch.stack(losses).mean())
+        counters.selection.append(loss)
+        self.monitor.scalar("meta/selection_loss", loss, counters.updates)
+        if not self.config.select_best or loss < counters.best_loss:
+            counters.best_loss, counters.best_epoch, self.best = loss, counters.epoch, self._weights()
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
+
+    def _teach(self, images: Tensor) -> Tensor:
+        """Class probabilities of the source model on clean images, (B, C)."""
+        with torch.no_grad():
+            return self.model(images).logits.softmax(dim=1)
+
+
+class _Window(Sequence[MetaBatch]):
+    """Positions ``start`` to ``stop`` of a task, made when they are asked for."""
+
+    def __init__(self, task: Task, start: int, stop: int) -> None:
+        self._task, self._positions = task, range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> MetaBatch:  # type: ignore[override]
+        return self._task[self._positions[position]]
+
+
+def held_out_tasks(sampler: TaskSampler, shifts: Sequence[str], count: int, steps: int, seed: int = 0) -> list[Task]:
+    """Fixed tasks on other shifts than a sampler trains on, with its images and its teacher.
+
+    Args:
+        sampler: the sampler of the training tasks.
+        shifts: names of the held-out shifts.
+        count: number of tasks.
+        steps: K.
+        seed: which tasks; another seed gives other ones.
+    """
+    randomness = generator_for("held-out tasks", seed)
+    held_out = TaskSampler(sampler.images, shifts, sampler.config, sampler.teacher)
+    return [held_out.sample(steps, randomness) for _ in range(count)]

@@ -1,0 +1,122 @@
+"""Compose a method from its parts: what the files under ``configs/method/`` say, made into a policy."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from metaopt.errors import ConfigError
+from metaopt.generator import SGD, Adam, GeneratorConfig, GradientGenerator
+from metaopt.objectives import WeightedObjective
+from metaopt.policy.policy import AdaptationPolicy
+from metaopt.types import SourceStatistics
+
+UPDATES = ("none", "adam", "sgd", "generator")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """One way of adapting online.
+
+    ``lr`` None means the policy's own base rate for ``update="generator"``, and the rule's default otherwise.
+    ``objective`` empty means the policy's own, with its learned weights.
+    """
+
+    name: str
+    batch_statistics: bool = True
+    update: str = "none"
+    lr: float | None = None
+    objective: Mapping[str, float] = field(default_factory=dict)
+    objective_from_policy: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the update rule and the rate."""
+        if self.update not in UPDATES:
+            raise ConfigError(f"method.update is {self.update!r}; allowed are {', '.join(UPDATES)}: choose one")
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"method.lr is {self.lr}; it must be positive and finite: set for example method.lr=0.001")
+
+
+def build_method(
+    config: MethodConfig, *, policy: AdaptationPolicy | None = None, statistics: SourceStatistics | None = None
+) -> AdaptationPolicy:
+    """The composition that ``config`` describes.
+
+    Args:
+        config: the method.
+        policy: meta-trained policy, which the generator and, where asked, the objective come from.
+        statistics: source statistics, where the objective needs them and no policy brings them.
+
+    Raises:
+        ConfigError: a generator without a policy, or an update without an objective.
+    """
+    if config.update == "none":
+        return AdaptationPolicy(config.name, batch_statistics=config.batch_statistics)
+    if policy is not None and policy.statistics is not None:
+        statistics = policy.statistics
+    objective = _objective(config, policy)
+    if config.update == "generator":
+        rule = _generator(config, policy)
+    else:
+        rates = {} if config.lr is None else {"lr": config.lr}
+        rule = Adam(**rates) if config.update == "adam" else SGD(**rates)
+    method = AdaptationPolicy(
+        config.name, batch_statistics=config.batch_statistics, objective=objective, rule=rule, statistics=statistics
+    )
+    if policy is not None:
+        method.source, method.training = policy.source, policy.training
+    return method
+
+
+def _objective(config: MethodConfig, policy: AdaptationPolicy | None) -> WeightedObjective:
+    if policy is not None and policy.objective is not None and (config.objective_from_policy or not config.objective):
+        return policy.objective
+    weights = {name: weight for name, weight in config.objective.items() if weight != 0}
+    if not weights:
+        raise ConfigError(
+            f"method {config.name!r} has no objective; allowed are positive weights of entropy, slr, diversity or "
+            "discrepancy: set for example method.objective.entropy=1, or give a policy"
+        )
+    return WeightedObjective(weights)
+
+
+def _generator(config: MethodConfig, policy: AdaptationPolicy | None) -> GradientGenerator:
+    if policy is None or not isinstance(policy.rule, GradientGenerator):
+        raise ConfigError(
+            f"method {config.name!r} needs a meta-trained policy and got none; train one with pretrain/meta_train.py "
+            "and give it by --policy ckpt.pt"
+        )
+    trained = policy.rule
+    if config.lr is None:
+        return trained
+    values = trained.config.to_dict() | {"lr": config.lr}
+    generator = GradientGenerator(GeneratorConfig.from_dict(values), trained.tensors)
+    generator.to(next(trained.parameters()))
+    generator.load_state_dict(trained.state_dict())
+    return generator
+
+
+def new_policy(
+    generator: GeneratorConfig,
+    objective: Mapping[str, float],
+    tensors: tuple[str, ...],
+    *,
+    learned_objective: bool,
+    statistics: SourceStatistics | None = None,
+    seed: int = 0,
+) -> AdaptationPolicy:
+    """A policy before meta-training: a fresh generator, drawn from ``seed``, and the objective's first weights.
+
+    Terms of weight 0 are left out.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rule = GradientGenerator(generator, tensors)
+    weights = {name: weight for name, weight in objective.items() if weight != 0}
+    return AdaptationPolicy(
+        "policy",
+        objective=WeightedObjective(weights, learned=learned_objective),
+        rule=rule,
+        statistics=statistics,
+    )
