@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import secrets
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from metaopt.errors import CheckpointError, OutputError
 
-_CODE_MARKERS = ("Unsupported global", "Unsupported class", "Unsupported operand", "TorchScript")
+_CODE_MARKERS = ("Unsupported global", "Unsupported class", "TorchScript")
 """Parts of torch's messages for a file that would run code or build foreign objects, as opposed to a broken one."""
+
+_PICKLE_START = b"\x80"
 
 
 def atomic_write_bytes(content: bytes, path: str | os.PathLike[str]) -> None:
@@ -82,9 +85,11 @@ def safe_load(path: str | os.PathLike[str]) -> Any:
     if not source.is_file():
         raise CheckpointError(f"'{source}' is a folder; give the path of a file written by torch.save")
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it is TorchScript: refused below
+            return torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        if any(marker in str(error) for marker in _CODE_MARKERS):
+        if _would_run_code(source, str(error)):
             raise CheckpointError(
                 f"'{source}' holds pickled code or foreign objects and was not loaded; only tensors and primitives are "
                 "allowed: save the model's state_dict() and give that file"
@@ -96,6 +101,13 @@ def safe_load(path: str | os.PathLike[str]) -> Any:
         ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise _broken(source, error) from error
+
+
+def _would_run_code(path: Path, message: str) -> bool:
+    """Whether torch refused a working file for what it holds; plain pickles fail at an opcode that torch lacks."""
+    if any(marker in message for marker in _CODE_MARKERS):
+        return True
+    return "Unsupported operand" in message and path.read_bytes()[:1] == _PICKLE_START
 
 
 def _broken(source: Path, error: Exception) -> CheckpointError:
