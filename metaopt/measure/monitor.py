@@ -25,6 +25,8 @@ LAYOUT = {
     "Meta": {
         "loss": ["Multiline", [r"meta/loss.*"]],
         "gradient norm": ["Multiline", [r"meta/grad_norm"]],
+        "selection loss": ["Multiline", [r"meta/selection_loss"]],
+        "unroll steps, skipped updates": ["Multiline", [r"meta/steps", r"meta/skipped"]],
         "bytes over budget": ["Multiline", [r"meta/bytes_over_budget"]],
     },
     "Policy": {
