@@ -1,0 +1,8 @@
+"""Online adaptation: the adapter that predicts and adapts, its guard, and runs over whole streams."""
+
+from metaopt.online.adapter import OnlineAdapter as OnlineAdapter
+from metaopt.online.guard import FiniteGuard as FiniteGuard
+from metaopt.online.run import SETTINGS as SETTINGS
+from metaopt.online.run import DomainReport as DomainReport
+from metaopt.online.run import RunReport as RunReport
+from metaopt.online.run import run_stream as run_stream

@@ -1,0 +1,158 @@
+"""Deployment: a model that predicts and adapts, batch by batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.errors import CheckpointError
+from metaopt.files import atomic_save, safe_load
+from metaopt.inner_loop import InPlaceApply
+from metaopt.models import SourceModel
+from metaopt.online.guard import FiniteGuard
+from metaopt.parameters import adapted_layout
+from metaopt.policy import AdaptationPolicy, PolicyState, check_source
+from metaopt.policy.state import copied_state, state_from_list, state_to_list
+from metaopt.types import Parameters, StepOutput
+
+FORMAT = "metaopt-online"
+VERSION = 1
+
+
+class OnlineAdapter:
+    """Predicts on each batch, then adapts on it, without labels.
+
+    The source model's own tensors never change: the adapter keeps the adapted ones beside it. Creating an adapter only
+    freezes the model (its tensors no longer require gradients).
+
+    Args:
+        model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
+        policy: a method; ``AdaptationPolicy.load("ckpt.pt")`` or one of ``build_method``.
+
+    Raises:
+        CheckpointError: the policy was trained on another model.
+        ModelError: the model has no normalisation layer that can adapt.
+    """
+
+    def __init__(self, model: nn.Module, policy: AdaptationPolicy) -> None:
+        self.model = model if isinstance(model, SourceModel) else SourceModel(model)
+        check_source(policy, self.model)
+        self.model.requires_grad_(False)
+        self.layout = adapted_layout(self.model)
+        reference = next(iter(self.layout.take(self.model).values()))
+        self.policy = policy.to(reference.device, reference.dtype)
+        self.guard = FiniteGuard()
+        self.apply = None if policy.rule is None else InPlaceApply(policy.rule, self.guard)
+        self.steps = 0  # batches seen since creation or reset
+        self.parameters: Parameters
+        self.state: PolicyState
+        self._frozen = False
+        self.reset()
+
+    @property
+    def updates(self) -> int:
+        """Updates applied since creation or the last reset."""
+        if not self.policy.updates:
+            return 0
+        return self.steps - self.guard.events.total()
+
+    def reset(self) -> None:
+        """Back to the source: parameters, moments, memory and counters are as in a new adapter."""
+        own = self.layout.take(self.model)
+        self.parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in own.items()}
+        with torch.no_grad():
+            self.state = copied_state(self.policy.init(self.parameters))
+        self.steps = 0
+        self.guard.events.clear()
+        self.guard.events.update({"nonfinite": 0})
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Predict, then adapt (inside ``frozen()``: predict only).
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            Logits (B, C) of the model as it was *before* this batch's update, detached.
+        """
+        return self.step(images).logits
+
+    def step(self, images: Tensor) -> StepOutput:
+        """As a call, with the loss and its terms beside the logits; all detached."""
+        if self._frozen or self.apply is None:
+            with torch.no_grad():
+                output = self.policy.evaluate(self.model, self.parameters, images)
+        else:
+            with torch.enable_grad():
+                self.parameters, self.state, output = self.policy.step(
+                    self.model, self.parameters, self.state, images, self.apply
+                )
+        if not self._frozen:
+            self.steps += 1
+        loss = None if output.loss is None else output.loss.detach()
+        terms = {name: value.detach() for name, value in output.terms.items()}
+        return StepOutput(output.logits.detach(), loss, terms)
+
+    @contextmanager
+    def frozen(self) -> Iterator["OnlineAdapter"]:
+        """Within this context the adapter predicts with what it has learned and changes nothing."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield self
+        finally:
+            self._frozen = before
+
+    def export(self) -> dict[str, Tensor]:
+        """The adapted model as a plain ``state_dict`` of the wrapped module: copies, ready to load or save."""
+        weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        weights.update({name: tensor.detach().clone() for name, tensor in self.parameters.items()})
+        return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the adaptation so far (not the model, not the policy), atomically.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        parameters = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
+        values: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": self.policy.method,
+            "parameters": parameters,
+            "state": state_to_list(self.state),
+            "steps": self.steps,
+            "events": dict(self.guard.events),
+        }
+        atomic_save(values, path)
+
+    def load(self, path: str | Path) -> None:
+        """Go on from where :meth:`save` was called, bit for bit.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another model or method.
+        """
+        values = safe_load(path)
+        if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+            raise CheckpointError(f"'{path}' holds no online adaptation; allowed are files of OnlineAdapter.save: give one")
+        try:
+            shapes = {name: tuple(tensor.shape) for name, tensor in values["parameters"].items()}
+            if shapes != {name: tuple(tensor.shape) for name, tensor in self.parameters.items()}:
+                raise ValueError("its parameters are of another model")
+            if values["method"] != self.policy.method:
+                raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
+            state = state_from_list(values["state"], copied_state(self.policy.init(self.parameters)))
+            steps, events = int(values["steps"]), dict(values["events"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
+            ) from error
+        self.parameters = {
+            name: values["parameters"][name].to(tensor).requires_grad_() for name, tensor in self.parameters.items()
+        }
+        self.state, self.steps = state, steps
+        self.guard.events.clear()
+        self.guard.events.update(events)

@@ -1,0 +1,224 @@
+"""Run a method over a stream: adapt, score, time, measure."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.data import Batch, Stream, batches
+from metaopt.errors import ConfigError, DataError
+from metaopt.measure import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
+from metaopt.online.adapter import OnlineAdapter
+
+SETTINGS = ("reset", "continual")
+FORWARDS_TIMED = 10  # plain forward passes that a run times beside its steps
+
+
+@dataclass
+class DomainReport:
+    """One domain's score; errors in percent, None without labels."""
+
+    name: str
+    severity: float
+    images: int
+    error: float | None
+    ece: float | None
+    cumulative_error: list[float] = field(default_factory=list)  # after each batch
+
+
+@dataclass
+class RunReport:
+    """What a run over a stream gives; times in milliseconds, memory in MiB, errors in percent."""
+
+    domains: list[DomainReport]
+    held_mib: float
+    state_mib: float
+    cuda_peak_mib: float | None
+    step_ms_p50: float | None
+    step_ms_p99: float | None
+    forward_ms_p50: float | None
+    ratio_to_forward: float | None
+    updates: int
+    guard_events: dict[str, int]
+
+    @property
+    def images(self) -> int:
+        """Number of images met."""
+        return sum(domain.images for domain in self.domains)
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean over the domains."""
+        return _mean([domain.error for domain in self.domains])
+
+    @property
+    def mean_ece(self) -> float | None:
+        """Mean over the domains."""
+        return _mean([domain.ece for domain in self.domains])
+
+    def summary(self) -> dict[str, Any]:
+        """The fields of ``summary.json`` that a run knows."""
+        return {
+            "images": self.images,
+            "mean_error": self.mean_error,
+            "mean_ece": self.mean_ece,
+            "held_mib": self.held_mib,
+            "state_mib": self.state_mib,
+            "cuda_peak_mib": self.cuda_peak_mib,
+            "step_ms_p50": self.step_ms_p50,
+            "step_ms_p99": self.step_ms_p99,
+            "forward_ms_p50": self.forward_ms_p50,
+            "ratio_to_forward": self.ratio_to_forward,
+            "updates": self.updates,
+            "guard_events": self.guard_events,
+            "domains": [
+                {"name": d.name, "severity": d.severity, "images": d.images, "error": d.error, "ece": d.ece}
+                for d in self.domains
+            ],
+        }
+
+
+BatchCallback = Callable[[str, float, Batch, Tensor], None]
+"""Called after each batch with the domain's name and severity, the batch, and its logits (B, C)."""
+
+
+def run_stream(
+    adapter: OnlineAdapter,
+    stream: Stream,
+    *,
+    setting: str = "reset",
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    monitor: Monitor | None = None,
+    on_batch: BatchCallback | None = None,
+) -> RunReport:
+    """Adapt over a stream, batch by batch.
+
+    Args:
+        adapter: the model with its method.
+        stream: domains, in the order in which they are met.
+        setting: ``reset`` starts each domain from the source; ``continual`` never resets.
+        batch_size: images a batch; the short last one is used too.
+        seed: of the order of images.
+        device: of model and images.
+        monitor: where curves go.
+        on_batch: see ``BatchCallback``.
+
+    Raises:
+        ConfigError: an unknown setting.
+        DataError: the stream is empty.
+    """
+    if setting not in SETTINGS:
+        raise ConfigError(f"setting is {setting!r}; allowed are {', '.join(SETTINGS)}: choose one")
+    if not stream:
+        raise DataError("the stream has 0 domains; at least one is needed: name data.corruptions")
+    run = _Run(adapter, monitor or Monitor(None), torch.device(device), _batch_count(stream, batch_size))
+    adapter.reset()
+    for domain in stream:
+        if setting == "reset":
+            run.collect_counts()
+            adapter.reset()
+        score = DomainScore(adapter.model.num_classes)
+        for batch in batches(domain, batch_size, device, seed):
+            logits = run.step(batch)
+            score.update(logits, batch.labels)
+            run.log(score)
+            if on_batch is not None:
+                on_batch(domain.name, domain.severity, batch, logits)
+        result = score.result()
+        run.domains.append(
+            DomainReport(
+                domain.name, domain.severity, result.images, result.error, result.ece, list(score.cumulative_error)
+            )
+        )
+    run.collect_counts()
+    return run.report()
+
+
+class _Run:
+    """Clock, meter and counters of one run."""
+
+    def __init__(self, adapter: OnlineAdapter, monitor: Monitor, device: torch.device, batch_count: int) -> None:
+        self.adapter, self.monitor = adapter, monitor
+        self.watch = Stopwatch(device)
+        self.domains: list[DomainReport] = []
+        self.guard_events: Counter[str] = Counter({name: 0 for name in adapter.guard.events})
+        self.updates = self.steps = 0
+        self.held_mib = 0.0
+        self.cuda_peak_mib: float | None = None
+        self.metered_shape: tuple[int, ...] | None = None
+        self.forward_every = max(1, batch_count // FORWARDS_TIMED)
+        self.loss: Tensor | None = None
+
+    def step(self, batch: Batch) -> Tensor:
+        """Predict and adapt; the first batch of each new shape is metered instead of timed."""
+        shape = tuple(batch.images.shape)
+        largest = self.metered_shape is None or shape[0] > self.metered_shape[0]
+        if largest:
+            self.metered_shape = shape
+            own = [*self.adapter.model.parameters(), *self.adapter.model.buffers(), *self.adapter.parameters.values()]
+            with MemoryMeter([*own, batch.images]) as meter:
+                output = self.adapter.step(batch.images)
+            self.held_mib = max(self.held_mib, meter.peak_mib)
+            self.cuda_peak_mib = meter.cuda_peak_mib
+        else:
+            with self.watch.step():
+                output = self.adapter.step(batch.images)
+            if shape == self.metered_shape and self.steps % self.forward_every == 0:
+                with self.watch.forward():
+                    self.adapter.model(batch.images)
+        self.steps += 1
+        self.loss = output.loss
+        self.monitor.scalar("online/entropy", _entropy(output.logits), self.steps)
+        return output.logits
+
+    def log(self, score: DomainScore) -> None:
+        """Curves of the latest step."""
+        if score.cumulative_error:
+            self.monitor.scalar("online/error", score.cumulative_error[-1], self.steps)
+        self.monitor.scalar("online/activation_mib", self.held_mib, self.steps)
+        if self.watch.step_ms:
+            self.monitor.scalar("online/step_ms", self.watch.step_ms[-1], self.steps)
+        if self.loss is not None:
+            self.monitor.scalar("online/loss", self.loss, self.steps)
+        for name, count in self.adapter.guard.events.items():
+            self.monitor.scalar(f"online/guard/{name}", self.guard_events[name] + count, self.steps)
+
+    def collect_counts(self) -> None:
+        """Take over the adapter's counters before it is reset."""
+        self.updates += self.adapter.updates
+        self.guard_events.update(self.adapter.guard.events)
+
+    def report(self) -> RunReport:
+        """The figures of the run."""
+        watch = self.watch
+        return RunReport(
+            domains=self.domains,
+            held_mib=self.held_mib,
+            state_mib=state_mib(self.adapter.state),
+            cuda_peak_mib=self.cuda_peak_mib,
+            step_ms_p50=watch.step_ms_p50,
+            step_ms_p99=watch.step_ms_p99,
+            forward_ms_p50=watch.forward_ms_p50,
+            ratio_to_forward=watch.ratio_to_forward,
+            updates=self.updates,
+            guard_events=dict(self.guard_events),
+        )
+
+
+def _batch_count(stream: Stream, batch_size: int) -> int:
+    return sum(-(-domain.size // batch_size) for domain in stream)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Mean softmax entropy of a batch, nats."""
+    return torch.special.entr(logits.softmax(dim=1)).sum(dim=1).mean()
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
