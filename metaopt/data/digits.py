@@ -40,9 +40,10 @@ def load_digits(seed: int = 0) -> DigitsParts:
     Args:
         seed: of the split and of the colours.
     """
-    scans = load_scans()
-    labels = torch.from_numpy(scans.target).long()
-    images = _colour(torch.from_numpy(scans.images).float() / 16, generator_for(seed, "digits"))
+    scans, classes = load_scans(return_X_y=True)  # (1797, 64) in 0..16 and (1797,)
+    labels = torch.from_numpy(np.asarray(classes)).long()
+    strokes = torch.from_numpy(np.asarray(scans)).float().view(-1, 8, 8) / 16
+    images = _colour(strokes, generator_for(seed, "digits"))
     rest, source = _split(np.arange(len(labels)), labels, SOURCE_SIZE, seed)
     stream, unlabeled = _split(rest, labels, UNLABELED_SIZE, seed)
     return DigitsParts(
@@ -54,7 +55,8 @@ def load_digits(seed: int = 0) -> DigitsParts:
 
 def _split(index: np.ndarray, labels: Tensor, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Shuffle and split off ``size`` of the indices, every class in proportion."""
-    return train_test_split(index, test_size=size, stratify=labels[index].numpy(), random_state=seed)
+    kept, parted = train_test_split(index, test_size=size, stratify=labels[index].numpy(), random_state=seed)
+    return np.asarray(kept), np.asarray(parted)
 
 
 def _colour(strokes: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaopt.data.corruptions.severity import constants, truncate, unit
 
+LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # shares of red, green and blue in grey, ITU-R BT.601
 CONTRAST = ((1.0,), (0.75,), (0.5,), (0.4,), (0.3,), (0.15,))  # share of the distance to the mean that is kept
 BRIGHTNESS = ((0.0,), (0.05,), (0.1,), (0.15,), (0.2,), (0.3,))  # added to the value
 # Factor and offset of the saturation. Published severities 1 and 2 take colour away, 3 to 5 add it: between 2 and 3 the
@@ -21,7 +22,8 @@ def contrast(images: Tensor, severity: float, generator: torch.Generator) -> Ten
     """Pull each channel towards its mean over the image."""
     (kept,) = constants(CONTRAST, severity)
     values = unit(images)
-    mean = values.mean(dim=(2, 3), keepdim=True)
+    # Summed pixel after pixel, as NumPy does: the last bit of the mean decides where a truncation falls on a whole byte.
+    mean = values.flatten(2).cumsum(2)[:, :, -1, None, None] / values[0, 0].numel()
     return truncate((values - mean) * kept + mean, images)
 
 
@@ -49,7 +51,7 @@ def to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sextant = torch.where(value == green, 2 + (blue - red) / divisor, sextant)
     sextant = torch.where(value == blue, 4 + (red - green) / divisor, sextant)
     hue = torch.where(spread > 0, (sextant / 6).remainder(1), torch.zeros_like(value))
-    saturation = torch.where(spread > 0, spread / value.clamp_min(torch.finfo(value.dtype).tiny), torch.zeros_like(value))
+    saturation = spread / torch.where(value > 0, value, torch.ones_like(value))
     return hue, saturation, value
 
 

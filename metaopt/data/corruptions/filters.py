@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.data.corruptions.severity import length_scale
+
 Border = Literal["nearest", "mirror", "symmetric"]
-"""What lies outside an image: its edge pixel, its reflection about the edge pixel's centre, or about the pixel's rim."""
+"""Outside an image lies its edge pixel, its reflection about the edge pixel's centre, or that about the pixel's rim."""
 
 
 def border_index(index: Tensor, size: int, border: Border) -> Tensor:
@@ -87,8 +89,8 @@ def gather(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def clipped_zoom(images: Tensor, factor: float) -> Tensor:
     """Enlarge the middle of (B, C, H, W) by ``factor`` >= 1 and cut it back to the old size.
 
-    The grid is SciPy's for ``zoom`` of order 1: first and last pixel of the crop stay first and last. Images that are not
-    square are cropped along both sides alike.
+    The grid is SciPy's for ``zoom`` of order 1: first and last pixel of the crop stay first and last. The published
+    recipe knows square images only; here both sides are cropped alike.
     """
     crops = [math.ceil(size / factor) for size in images.shape[-2:]]
     tops = [(size - crop) // 2 for size, crop in zip(images.shape[-2:], crops, strict=True)]
@@ -97,3 +99,42 @@ def clipped_zoom(images: Tensor, factor: float) -> Tensor:
     zoomed = F.interpolate(middle, size=enlarged, mode="bilinear", align_corners=True)
     trims = [(large - size) // 2 for large, size in zip(enlarged, images.shape[-2:], strict=True)]
     return zoomed[..., trims[0] : trims[0] + images.shape[-2], trims[1] : trims[1] + images.shape[-1]]
+
+
+def motion(images: Tensor, radius: float, sigma: float, angles: Tensor) -> Tensor:
+    """Blur each image of (B, C, H, W) along its own direction, trailing to one side, edge pixels repeated outside.
+
+    The rule of ImageMagick's motion blur: ``2 ceil(radius) + 1`` taps of half a Gaussian, at the whole pixels nearest to
+    the line.
+
+    Args:
+        images: (B, C, H, W).
+        radius: in pixels, above 0.
+        sigma: standard deviation in pixels, above 0.
+        angles: (B,) in degrees, clockwise from the right.
+    """
+    height, width = images.shape[-2:]
+    taps = 2 * math.ceil(radius) + 1
+    weights = gaussian_weights(sigma, taps - 1)[taps - 1 :]
+    radians = torch.deg2rad(angles)
+    rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
+    blurred = torch.zeros_like(images)
+    for tap, weight in enumerate((weights / weights.sum()).tolist()):
+        down, right = ((tap * part - 0.5).ceil().long() for part in (radians.sin(), radians.cos()))
+        y = border_index(rows + down[:, None], height, "nearest")[:, :, None].expand(-1, -1, width)
+        x = border_index(columns + right[:, None], width, "nearest")[:, None, :].expand(-1, height, -1)
+        blurred += weight * gather(images, y, x)
+    return blurred
+
+
+def drawing_size(images: Tensor) -> tuple[int, int]:
+    """Height and width at which a random layer is drawn: the images' shape with its shorter side at 32 pixels."""
+    scale = length_scale(images)
+    return round(images.shape[-2] / scale), round(images.shape[-1] / scale)
+
+
+def enlarge(layer: Tensor, images: Tensor) -> Tensor:
+    """A layer (B, C, h, w) drawn at ``drawing_size`` at the size of the images; at 32 pixels it stays as it is."""
+    if layer.shape[-2:] == images.shape[-2:]:
+        return layer
+    return F.interpolate(layer, size=images.shape[-2:], mode="bilinear", align_corners=False)

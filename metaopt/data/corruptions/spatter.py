@@ -3,18 +3,18 @@
 Constants and the chain of filters: Hendrycks and Dietterich, ICLR 2019, ``make_cifar_c.py``. A smoothed random layer is
 cut at a threshold; what stays is liquid. Water is lit: the distance from the drops' edges (J. Canny, "A Computational
 Approach to Edge Detection", PAMI 1986) is equalised and embossed, and added in pale turquoise; the distance is exact
-here, within 2 % of the chamfer distance of the published recipe. Between severities 3 and 4 the nearer one's liquid falls.
+here, within 2 % of the published chamfer distance. Between severities 3 and 4 falls the liquid of the nearer one.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.data.corruptions.filters import correlate, gaussian
-from metaopt.data.corruptions.severity import constants, length_scale, normal, truncate, unit
+from metaopt.data.corruptions.filters import correlate, drawing_size, enlarge, gaussian
+from metaopt.data.corruptions.severity import constants, normal, truncate, unit
 
-# Mean and standard deviation of the layer, its smoothing, the threshold, then the light of the water or the smoothing of
-# the mud, and whether it is mud.
+# Mean and standard deviation of the layer, its smoothing, the threshold, the light of the water or the smoothing of the
+# mud, and whether it is mud.
 SPATTER = (
     (0.62, 0.0, 0.7, 0.7, 0.0, 0),
     (0.62, 0.1, 0.7, 0.7, 0.5, 0),
@@ -28,7 +28,7 @@ BROWN = torch.tensor([63, 42, 20]).double().view(3, 1, 1) / 255
 EMBOSS = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]])
 BOX = torch.full((3, 3), 1 / 9, dtype=torch.float64)
 WEAK_EDGE, STRONG_EDGE = 50, 150  # Canny's thresholds on the gradient, |dx| + |dy|
-FARTHEST = 20  # published pixels; the distance from an edge is cut here
+FARTHEST = 20  # pixels; the distance from an edge is cut here
 MUD_LEAST = 0.8  # thinner mud is not seen
 
 
@@ -36,23 +36,21 @@ def spatter(images: Tensor, severity: float, generator: torch.Generator) -> Tens
     """Splash water or mud on the images, (B, 3, H, W) in [0, 1]; severity in (0, 5]."""
     mean, spread, smoothing, threshold, last, mud = constants(SPATTER, severity)
     values = unit(images)
-    batch, _, height, width = values.shape
-    scale = length_scale(images)
-    layer = mean + spread * normal((batch, 1, height, width), values, generator)
-    layer = gaussian(layer, smoothing * scale)
+    layer = mean + spread * normal((values.shape[0], 1, *drawing_size(images)), values, generator)
+    layer = gaussian(layer, smoothing)
     liquid = torch.where(layer < threshold, torch.zeros_like(layer), layer)
     if mud > 0.5:
-        cover = gaussian((liquid > threshold).to(values.dtype), last * scale)
-        cover = torch.where(cover < MUD_LEAST, torch.zeros_like(cover), cover)
+        cover = gaussian((liquid > threshold).to(values.dtype), last)
+        cover = enlarge(torch.where(cover < MUD_LEAST, torch.zeros_like(cover), cover), images)
         return truncate(values * (1 - cover) + BROWN.to(values) * cover, images)
-    return truncate(values + last * _water(liquid, round(FARTHEST * scale)) * TURQUOISE.to(values), images)
+    return truncate(values + last * enlarge(_water(liquid), images) * TURQUOISE.to(values), images)
 
 
-def _water(liquid: Tensor, farthest: int) -> Tensor:
+def _water(liquid: Tensor) -> Tensor:
     """Light on the drops of a layer (B, 1, H, W), 1 where it is brightest; no drops give no light."""
     drops = (liquid * 255).clamp(0, 255).floor()
-    distance = _distance(canny(drops), farthest)
-    relief = correlate(_equalise(correlate(distance, BOX, "mirror").floor()), EMBOSS, "mirror").clamp(0, 255)
+    distance = correlate(_distance(canny(drops)), BOX, "mirror").floor()
+    relief = correlate(_equalise(distance), EMBOSS, "mirror").clamp(0, 255)
     light = drops * correlate(relief, BOX, "mirror").round()
     peak = light.amax(dim=(2, 3), keepdim=True)
     return torch.where(peak > 0, light / peak.clamp_min(1), torch.zeros_like(light))
@@ -86,18 +84,15 @@ def canny(layer: Tensor) -> Tensor:
         edges = grown
 
 
-def _distance(edges: Tensor, farthest: int) -> Tensor:
-    """Euclidean distance of each pixel of (B, 1, H, W) from the nearest edge, cut at ``farthest`` pixels."""
-    cut = float(farthest**2)
-    squared = torch.where(edges, 0.0, cut).to(torch.float64 if edges.device.type != "mps" else torch.float32)
+def _distance(edges: Tensor) -> Tensor:
+    """Euclidean distance of each pixel of (B, 1, H, W) from the nearest edge, cut at ``FARTHEST`` pixels."""
+    squared = FARTHEST**2 * (~edges).to(torch.get_default_dtype())
     for axis in (-2, -1):
         squared = squared.transpose(axis, -1)
         length = squared.shape[-1]
-        wide = F.pad(squared, (farthest, farthest), value=cut)
-        steps = range(-farthest, farthest + 1)
-        for step in steps:
-            start = farthest + step
-            squared = torch.minimum(squared, wide[..., start : start + length] + step**2)
+        wide = F.pad(squared, (FARTHEST, FARTHEST), value=FARTHEST**2)
+        for step in range(-FARTHEST, FARTHEST + 1):
+            squared = torch.minimum(squared, wide[..., FARTHEST + step :][..., :length] + step**2)
         squared = squared.transpose(axis, -1)
     return squared.sqrt()
 
