@@ -1,13 +1,20 @@
-"""A tiny vision transformer for 32x32 digits, small enough to train in a minute on two CPU cores.
+"""A tiny vision transformer for 32x32 digits, small enough to train in under a minute on two CPU cores.
 
-timm's `VisionTransformer` (Dosovitskiy et al. 2021) with patches of 4x4 pixels, so 64 patch tokens and a class token.
+timm's `VisionTransformer` (Dosovitskiy et al. 2021) with a class token and 4x4 tokens. The patches come from three
+strided convolutions (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"): with one linear patch
+embedding a thousand images do not teach it that dark ink on light paper and its opposite are the same digit. All its
+norm layers are LayerNorms.
 
 Importing this module registers ``digits_vit`` in timm.
 """
 
+from functools import partial
 from typing import Any
 
+from timm.layers import HybridEmbed, LayerNormAct2d
 from timm.models import VisionTransformer, build_model_with_cfg, register_model
+from timm.models.vision_transformer_hybrid import ConvStem
+from torch import nn
 
 __all__ = ["digits_vit"]
 
@@ -21,7 +28,7 @@ default_cfgs = {
         "interpolation": "bilinear",
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
-        "first_conv": "patch_embed.proj",
+        "first_conv": "patch_embed.backbone.0.conv",
         "classifier": "head",
     }
 }
@@ -29,6 +36,23 @@ default_cfgs = {
 
 @register_model
 def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Width 96, six blocks of three heads, 0.7 M parameters."""
-    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10}
+    """Width 96, four blocks of three heads, 0.5 M parameters."""
+    stem = ConvStem(
+        in_chans=kwargs.get("in_chans", 3),
+        depth=3,
+        channels=(32, 64, 96),
+        kernel_size=3,
+        stride=(2, 2, 2),
+        norm_layer=LayerNormAct2d,
+        act_layer=nn.GELU,
+    )
+    shape: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 1,  # of the stem's output: 8x8 pixels of the image
+        "embed_dim": 96,
+        "depth": 4,
+        "num_heads": 3,
+        "num_classes": 10,
+        "embed_layer": partial(HybridEmbed, backbone=stem, proj=False),
+    }
     return build_model_with_cfg(VisionTransformer, "digits_vit", pretrained, **{**shape, **kwargs})
