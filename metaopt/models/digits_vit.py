@@ -11,7 +11,8 @@ Importing this module registers ``digits_vit`` in timm.
 from functools import partial
 from typing import Any
 
-from timm.layers import HybridEmbed, LayerNormAct2d
+from timm.layers.hybrid_embed import HybridEmbed
+from timm.layers.norm_act import LayerNormAct2d
 from timm.models import VisionTransformer, build_model_with_cfg, register_model
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn

@@ -72,11 +72,12 @@ def train_digits_source(
             mean=model.mean,
             std=model.std,
             generator=torch.Generator().manual_seed(seed),
+            channels_last=model.channels_last,
             title=f"training {model_name} on digits",
             progress=progress,
         )
         weights = {name: tensor.cpu() for name, tensor in model.module.state_dict().items()}
-        atomic_save({"config": config, "spec": model.spec.to_dict(), "state_dict": weights}, path)
+        atomic_save({"config": config, "sha256": weights_sha256(weights), "state_dict": weights}, path)
     return model.to(device)
 
 
@@ -105,10 +106,12 @@ def _read(path: Path, config: dict[str, Any], model: SourceModel) -> bool:
     try:
         stored = safe_load(path)
         if not isinstance(stored, dict) or stored.get("config") != config:
-            raise CheckpointError(f"'{path}' was trained by another recipe; remove it")
-        model.module.load_state_dict(stored["state_dict"])
-    except (CheckpointError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        _LOG.warning("training %s again: the cached weights cannot be used (%s)", config["model"], reason)
+            raise CheckpointError(f"'{path}' does not hold what its name says")
+        weights = stored.get("state_dict")
+        if not isinstance(weights, dict) or weights_sha256(weights) != stored.get("sha256"):
+            raise CheckpointError(f"'{path}' holds damaged weights")
+    except CheckpointError as error:
+        _LOG.warning("training %s again, since its cached weights cannot be used: %s", config["model"], error)
         return False
+    model.module.load_state_dict(weights)
     return True
