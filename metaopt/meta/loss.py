@@ -19,7 +19,6 @@ class CleanTeacher:
     """Cross-entropy of the predictions with the teacher's class probabilities."""
 
     own_objective = False
-    needs_teacher = True
 
     def __call__(self, output: StepOutput, batch: MetaBatch) -> Tensor:
         """Mean over the batch, scalar."""
@@ -31,7 +30,6 @@ class Unsupervised:
     """The policy's own objective on the batch."""
 
     own_objective = True
-    needs_teacher = False
 
     def __call__(self, output: StepOutput, batch: MetaBatch) -> Tensor:
         """The inner loss itself, scalar."""
@@ -45,7 +43,7 @@ META_LOSSES: dict[str, type[CleanTeacher] | type[Unsupervised]] = {
 }
 
 
-def build_meta_loss(name: str) -> CleanTeacher | Unsupervised:
+def build_meta_loss(name: str) -> MetaLoss:
     """The meta-loss of that name.
 
     Raises:
@@ -53,5 +51,4 @@ def build_meta_loss(name: str) -> CleanTeacher | Unsupervised:
     """
     if name not in META_LOSSES:
         raise ConfigError(f"meta.loss is {name!r}; allowed are {', '.join(META_LOSSES)}: choose one")
-    loss: MetaLoss = META_LOSSES[name]()
-    return loss  # type: ignore[return-value]
+    return META_LOSSES[name]()

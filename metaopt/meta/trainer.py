@@ -204,7 +204,9 @@ class MetaTrainer:
         counters.updates += 1
         for name, tensor in tensors.items():
             tensor.grad = gradients[name].to(tensor)
-        (self.config.shrinkage * self.rule.penalty()).backward() if self.rule.log_step_sizes is not None else None
+        penalty = self.config.shrinkage * self.rule.penalty()
+        if penalty.requires_grad:
+            penalty.backward()
         norm = torch.nn.utils.clip_grad_norm_(tensors.values(), self.config.clip_norm)
         if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
             self.optimizer.param_groups[0]["lr"] = self.config.lr * self._rate(counters)
