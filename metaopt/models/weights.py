@@ -1,6 +1,7 @@
 """Reading pre-trained weights of any common layout into a network: timm, RobustBench, DataParallel, safetensors."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ from metaopt.files import safe_load
 from metaopt.models.spec import Triple
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
-_PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.", "1.")
+_PREFIX = re.compile(r"((module|model|_orig_mod|net|network|backbone|1)\.)*")
 """What wrappers put before every name: DataParallel, RobustBench, Lightning, torch.compile, Sequential(norm, net)."""
+
+_PREFIX_START = re.compile(r"^((module|model|_orig_mod|net|network)\.)*")
+"""The same before the names of a wrapper's own buffers."""
 
 _DERIVED = ("num_batches_tracked", "relative_position_index", "attn_mask")
 """Last parts of names of buffers that a network computes itself: some releases store them, others do not."""
@@ -52,7 +56,7 @@ def read_weights(path: str | os.PathLike[str], module: nn.Module, num_classes: i
             f"'{source}' holds no state_dict; allowed are names with tensors, alone or under one of "
             f"{', '.join(_CONTAINERS)}: save model.state_dict()"
         )
-    weights = _strip_wrappers(tensors, set(module.state_dict()))
+    weights = _strip_wrappers(tensors, list(module.state_dict()))
     _check_fit(weights.tensors, module, num_classes, source)
     return weights
 
@@ -63,7 +67,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not a readable .safetensors file ({error}); download it again") from error
+        raise CheckpointError(f"'{path}' is no readable .safetensors file ({error}); download it again") from error
 
 
 def _find_state_dict(stored: Any) -> dict[str, Tensor]:
@@ -76,48 +80,40 @@ def _find_state_dict(stored: Any) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
 
 
-def _strip_wrappers(tensors: dict[str, Tensor], expected: set[str]) -> Weights:
-    """Take wrappers' prefixes off while that brings more names in line, then set their normalisation apart."""
-    mean, std = _normalisation(tensors)
-    while True:
-        candidates = [
-            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            for prefix in _PREFIXES
-        ]
-        best = max(candidates, key=lambda names: _gain(names, expected))
-        if _gain(best, expected) <= _gain(tensors, expected):
-            break
-        tensors = best
-        inner_mean, inner_std = _normalisation(tensors)
-        mean, std = mean or inner_mean, std or inner_std
-    extra = (*_MEAN_NAMES, *_STD_NAMES)
-    tensors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name in expected or (name not in extra and not name.endswith(_DERIVED))
-    }
-    return Weights(tensors, mean, std) if mean and std else Weights(tensors)
+def _strip_wrappers(tensors: dict[str, Tensor], expected: list[str]) -> Weights:
+    """Take off what wrappers put before the network's names, and set the normalisation that they carry apart."""
+    prefix = _wrapper_prefix(tensors, expected)
+    inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    outer = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    own = set(expected)
+    mean, std = (_triple(names, own, inner, outer) for names in (_MEAN_NAMES, _STD_NAMES))
+    kept = {name: tensor for name, tensor in inner.items() if name in own or not _is_extra(name)}
+    kept |= {name: tensor for name, tensor in outer.items() if not _is_extra(name)}
+    return Weights(kept, mean, std) if mean and std else Weights(kept)
 
 
-def _gain(names: Mapping[str, Tensor], expected: set[str]) -> int:
-    """How many names are in line; where none is, nested prefixes still count by how many names end in line."""
-    direct = len(expected & set(names))
-    if direct:
-        return direct * 1000
-    return sum(any(name.endswith(f".{wanted}") for wanted in expected) for name in names) if len(names) < 5000 else 0
+def _wrapper_prefix(tensors: Mapping[str, Tensor], expected: list[str]) -> str:
+    """The usual prefix, possibly nested, under which most of the network's names occur."""
+    prefixes = {""}
+    for anchor in expected[:1]:
+        found = (name.removesuffix(anchor) for name in tensors if name.endswith(anchor))
+        prefixes |= {prefix for prefix in found if _PREFIX.fullmatch(prefix)}
+    return max(sorted(prefixes), key=lambda prefix: sum(prefix + name in tensors for name in expected))
 
 
-def _normalisation(tensors: Mapping[str, Tensor]) -> tuple[Triple | None, Triple | None]:
-    """Per-channel mean and std that a wrapper such as RobustBench's keeps among the weights."""
+def _is_extra(name: str) -> bool:
+    """Whether a name is a buffer that the network computes itself, or a wrapper's normalisation."""
+    return name.endswith(_DERIVED) or _PREFIX_START.sub("", name) in (*_MEAN_NAMES, *_STD_NAMES)
 
-    def triple(names: tuple[str, ...]) -> Triple | None:
-        for name in names:
-            if name in tensors and tensors[name].numel() == 3:
-                red, green, blue = tensors[name].double().flatten().tolist()
+
+def _triple(names: tuple[str, ...], own: set[str], *parts: Mapping[str, Tensor]) -> Triple | None:
+    """Three channels' values that a wrapper such as RobustBench's keeps under one of ``names`` among the weights."""
+    for tensors in parts:
+        for name, tensor in tensors.items():
+            if name not in own and _PREFIX_START.sub("", name) in names and tensor.numel() == 3:
+                red, green, blue = tensor.double().flatten().tolist()
                 return (red, green, blue)
-        return None
-
-    return triple(_MEAN_NAMES), triple(_STD_NAMES)
+    return None
 
 
 def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, num_classes: int, source: Path) -> None:
