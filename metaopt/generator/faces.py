@@ -1,6 +1,6 @@
 """The generator in three ecosystems: ``torch.optim``, torchopt and higher. All three give the same parameters."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import higher
@@ -57,7 +57,8 @@ class MGGOptimizer(Optimizer):
                 loss = closure()
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         gradients = named_parameters([_gradient(tensor) for tensor in tensors], self.generator)
-        updates, self.generator_state = self.generator.update(gradients, self._current_state())
+        state = self._fresh_state() if self.generator_state is None else self.generator_state
+        updates, self.generator_state = self.generator.update(gradients, state)
         remaining = iter(updates.values())
         for group in self.param_groups:
             scale = group["lr"] / self.generator.config.lr
@@ -80,11 +81,16 @@ class MGGOptimizer(Optimizer):
             CheckpointError: the state belongs to another generator or to other parameters.
         """
         tensors = state_dict.get("generator_state")
+        state = None if tensors is None else self._copied_state(tensors)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "generator_state"})
-        self.generator_state = None
-        if tensors is None:
-            return
-        leaves, structure = pytree.tree_flatten(self._current_state())
+        self.generator_state = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch's own lists what it copies and pickles, and knows of no generator."""
+        return {**super().__getstate__(), "generator": self.generator, "generator_state": self.generator_state}
+
+    def _copied_state(self, tensors: Sequence[Tensor]) -> GeneratorState:
+        leaves, structure = pytree.tree_flatten(self._fresh_state())
         slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         expected = [tuple(leaves[index].shape) for index in slots]
         if [tuple(tensor.shape) for tensor in tensors] != expected:
@@ -94,11 +100,9 @@ class MGGOptimizer(Optimizer):
             )
         for index, tensor in zip(slots, tensors, strict=True):
             leaves[index] = tensor.detach().to(leaves[index], copy=True)
-        self.generator_state = pytree.tree_unflatten(leaves, structure)
+        return pytree.tree_unflatten(leaves, structure)
 
-    def _current_state(self) -> GeneratorState:
-        if self.generator_state is not None:
-            return self.generator_state
+    def _fresh_state(self) -> GeneratorState:
         tensors = [_widened(tensor.detach()) for group in self.param_groups for tensor in group["params"]]
         return self.generator.init(named_parameters(tensors, self.generator))
 
@@ -140,11 +144,13 @@ def gradient_transformation(rule: UpdateRule) -> torchopt.base.GradientTransform
     """An update rule as a torchopt ``GradientTransformation``, for ``torchopt.chain`` and ``torchopt.MetaOptimizer``.
 
     Its updates are to be *added* to the parameters, as torchopt has it. A missing gradient counts as zero, which needs
-    ``params`` in the call to ``update``.
+    ``params`` in the call to ``update``. Where the rule has a step size for each tensor, a dictionary of parameters is
+    matched by name, and any other tree by position in torchopt's order, in which ``torchopt.MetaOptimizer`` lists each
+    submodule's tensors alphabetically: bias before weight.
     """
 
     def init(params: Any) -> Any:
-        return rule.init(named_parameters(torchopt.pytree.tree_leaves(params), rule))
+        return rule.init(_by_name(params, torchopt.pytree.tree_leaves(params), rule))
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         leaves, structure = torchopt.pytree.tree_flatten(updates, none_is_leaf=True)
@@ -153,10 +159,23 @@ def gradient_transformation(rule: UpdateRule) -> torchopt.base.GradientTransform
                 raise ConfigError("a gradient is None and no params were given; call update(..., params=params)")
             like = torchopt.pytree.tree_leaves(params)
             leaves = [torch.zeros_like(l) if leaf is None else leaf for leaf, l in zip(leaves, like, strict=True)]
-        subtrahends, state = rule.update(named_parameters(leaves, rule), state)
-        return torchopt.pytree.tree_unflatten(structure, [-value for value in subtrahends.values()]), state
+        named = _by_name(updates, leaves, rule)
+        subtrahends, state = rule.update(named, state)
+        name_of = {id(tensor): name for name, tensor in named.items()}
+        moves = [-subtrahends[name_of[id(leaf)]] for leaf in leaves]
+        return torchopt.pytree.tree_unflatten(structure, moves), state
 
     return torchopt.base.GradientTransformation(init, update)
+
+
+def _by_name(tree: Any, leaves: Sequence[Tensor], rule: UpdateRule) -> Parameters:
+    """The leaves of a tree in the rule's order, which is not torchopt's: it sorts a dictionary by its keys."""
+    names = getattr(rule, "tensors", ())
+    if isinstance(tree, Mapping) and set(tree) == set(names):
+        paths = torchopt.pytree.tree_paths(tree, none_is_leaf=True)
+        own = {path[0]: leaf for path, leaf in zip(paths, leaves, strict=True)}
+        return {name: own[name] for name in names}
+    return named_parameters(leaves, rule)
 
 
 def named_parameters(tensors: Sequence[Tensor], rule: UpdateRule) -> Parameters:

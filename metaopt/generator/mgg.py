@@ -48,14 +48,18 @@ class GeneratorConfig:
             raise ConfigError(f"generator {self.variant!r} is unknown; allowed are {', '.join(VARIANTS)}: choose one")
         for name, value, allowed in (
             ("lr", self.lr, math.isfinite(self.lr) and self.lr > 0),
-            ("hidden", self.hidden, self.hidden >= 1),
-            ("clamp", self.clamp, self.clamp > 0),
-            ("eps", self.eps, self.eps > 0),
+            ("eps", self.eps, math.isfinite(self.eps) and self.eps > 0),
         ):
             if not allowed:
                 raise ConfigError(f"generator.{name} is {value}; it must be positive and finite: set a positive value")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ConfigError(f"generator.betas is {self.betas}; each must lie in [0, 1): use for example (0.9, 0.99)")
+        if not self.clamp > 0:
+            raise ConfigError(f"generator.clamp is {self.clamp}; it must be positive, inf for no clamp: set for example 3")
+        if self.hidden != int(self.hidden) or self.hidden < 1:
+            raise ConfigError(f"generator.hidden is {self.hidden}; it must be a whole number of at least 1: set for example 8")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(
+                f"generator.betas is {self.betas}; it must be two numbers in [0, 1): use for example (0.9, 0.99)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives for a checkpoint."""
