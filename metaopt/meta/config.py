@@ -57,7 +57,7 @@ class MetaTrainConfig:
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"meta.{key} is {value}; it must be positive and finite: set for example 0.01")
-        if self.shrinkage < 0 or not 0 <= self.curriculum <= 1:
+        if not (math.isfinite(self.shrinkage) and self.shrinkage >= 0) or not 0 <= self.curriculum <= 1:
             raise ConfigError(
                 f"meta.shrinkage is {self.shrinkage} and meta.curriculum {self.curriculum}; allowed are 0 or more and "
                 "[0, 1]: set for example 0.02 and 0.5"

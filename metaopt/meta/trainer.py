@@ -1,5 +1,6 @@
 """Meta-training: learn the policy's generator, step sizes and objective weights on a few unlabeled images."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,53 +121,65 @@ class MetaTrainer:
         return self.best_policy()
 
     def best_policy(self) -> AdaptationPolicy:
-        """The policy with the weights that model selection kept."""
-        self.policy.load_state_dict(self.best)
-        self.policy.training = {
+        """A policy with the weights that model selection kept: a copy, so that training can go on from its own."""
+        policy = copy.deepcopy(self.policy)
+        policy.load_state_dict(self.best)
+        policy.training = {
             "config": self.config.to_dict(),
             "epochs": self.counters.epoch,
             "best_epoch": self.counters.best_epoch,
             "selection": list(self.counters.selection),
             "skipped": self.counters.skipped,
         }
-        return self.policy
+        return policy
 
     def state_dict(self) -> dict[str, Any]:
-        """All that another trainer needs to go on bit-identically: tensors and primitives."""
+        """All that another trainer needs to go on bit-identically: tensors and primitives, copied."""
         return {
             "config": self.config.to_dict(),
             "source": self.policy.source.sha256 if self.policy.source else "",
+            "shifts": [shift.name for shift in self.sampler.shifts],
             "weights": self._weights(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "randomness": self.randomness.get_state(),
             "counters": {**vars(self.counters), "selection": list(self.counters.selection)},
-            "best": self.best,
+            "best": dict(self.best),
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            CheckpointError: it was taken under other settings, from another model, or is damaged.
+            CheckpointError: it was taken under other settings, from another model, or is damaged; nothing has changed.
         """
+        before = self.state_dict()
         try:
-            config, source = values["config"], values["source"]
+            config = values["config"]
             differing = sorted(key for key, value in self.config.to_dict().items() if config.get(key) != value)
+            if values["shifts"] != before["shifts"]:
+                differing.append("shifts")
             if differing:
                 raise CheckpointError(
                     f"the run to resume had other settings of {', '.join(differing)}; allowed are the same ones: repeat "
                     "its overrides, or start a new run"
                 )
-            if self.policy.source is None or source != self.policy.source.sha256:
+            if values["source"] != before["source"]:
                 raise CheckpointError("the run to resume had another source model; allowed is the same: load its weights")
-            self.policy.load_state_dict(values["weights"])
-            self.optimizer.load_state_dict(values["optimizer"])
-            self.randomness.set_state(values["randomness"])
-            self.counters = Counters(**values["counters"])
-            self.best = values["best"]
+            self._restore(values)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            self._restore(before)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"the run to resume is damaged ({reason}); start a new run") from error
+
+    def _restore(self, values: dict[str, Any]) -> None:
+        """Take over copies of a state's parts; an error may leave some of them taken."""
+        self.policy.load_state_dict(values["best"])  # only to see whether they fit
+        self.policy.load_state_dict(values["weights"])
+        # The optimizer keeps the very tensors that it is given, and changes them in place.
+        self.optimizer.load_state_dict(copy.deepcopy(values["optimizer"]))
+        self.randomness.set_state(values["randomness"])
+        self.counters = Counters(**{**values["counters"], "selection": list(values["counters"]["selection"])})
+        self.best = {name: tensor.clone() for name, tensor in values["best"].items()}
 
     def evaluate(self, tasks: Sequence[Task], policy: AdaptationPolicy | None = None) -> Tensor:
         """Mean of the meta-loss over the positions of each task, (tasks,)."""
