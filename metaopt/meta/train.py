@@ -24,8 +24,8 @@ def meta_train(
     """Meta-train an adaptation policy for a pre-trained model.
 
     Args:
-        model: classifier with normalisation layers: a ``SourceModel``, or any module that takes images in [0, 1] (one of
-            timm's gets its own normalisation; wrap others in ``SourceModel(module, mean=..., std=...)``). Its tensors
+        model: classifier with normalisation layers: a ``SourceModel``, or any module that takes images in [0, 1] (one
+            of timm's gets its own normalisation; wrap others in ``SourceModel(module, mean=..., std=...)``). Its tensors
             are frozen, not changed.
         images: clean unlabeled images of the source domain, (n, 3, H, W) in [0, 1]; 128 are enough.
         shifts: what deployment may bring: names from ``metaopt.shift_names()``, or shifts of one's own from

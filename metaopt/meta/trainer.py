@@ -160,11 +160,13 @@ class MetaTrainer:
                 differing.append("shifts")
             if differing:
                 raise CheckpointError(
-                    f"the run to resume had other settings of {', '.join(differing)}; allowed are the same ones: repeat "
-                    "its overrides, or start a new run"
+                    f"the run to resume had other settings of {', '.join(differing)}; allowed are the same ones: "
+                    "repeat its overrides, or start a new run"
                 )
             if values["source"] != before["source"]:
-                raise CheckpointError("the run to resume had another source model; allowed is the same: load its weights")
+                raise CheckpointError(
+                    "the run to resume had another source model; allowed is the same: load its weights"
+                )
             self._restore(values)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             self._restore(before)

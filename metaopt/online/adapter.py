@@ -1,5 +1,6 @@
 """Deployment: a model that predicts and adapts, batch by batch."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ class OnlineAdapter:
 
     Args:
         model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
-        policy: a method; ``AdaptationPolicy.load("ckpt.pt")`` or one of ``build_method``.
+        policy: a method; ``AdaptationPolicy.load("ckpt.pt")`` or one of ``build_method``. The adapter keeps a copy
+            of it, on the model's device and in its type.
 
     Raises:
         CheckpointError: the policy was trained on another model.
@@ -43,9 +45,9 @@ class OnlineAdapter:
         self.model.requires_grad_(False)
         self.layout = adapted_layout(self.model)
         reference = next(iter(self.layout.take(self.model).values()))
-        self.policy = policy.to(reference.device, reference.dtype)
+        self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype)
         self.guard = FiniteGuard()
-        self.apply = None if policy.rule is None else InPlaceApply(policy.rule, self.guard)
+        self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
         self.steps = 0  # batches seen since creation or reset
         self.parameters: Parameters
         self.state: PolicyState
@@ -107,9 +109,11 @@ class OnlineAdapter:
 
     def export(self) -> dict[str, Tensor]:
         """The adapted model as a plain ``state_dict`` of the wrapped module: copies, ready to load or save."""
-        weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        weights.update({name: tensor.detach().clone() for name, tensor in self.parameters.items()})
-        return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        # By identity, because a layer that is used twice has two names there and one here.
+        adapted = {id(own[name]): tensor for name, tensor in self.parameters.items()}
+        weights = {name: adapted.get(id(own.get(name)), tensor) for name, tensor in self.model.state_dict().items()}
+        return {name.removeprefix("module."): tensor.detach().clone() for name, tensor in weights.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the adaptation so far (not the model, not the policy), atomically.
@@ -122,6 +126,7 @@ class OnlineAdapter:
             "format": FORMAT,
             "version": VERSION,
             "method": self.policy.method,
+            "source": self.model.weights_sha256(),
             "parameters": parameters,
             "state": state_to_list(self.state),
             "steps": self.steps,
@@ -137,16 +142,20 @@ class OnlineAdapter:
         """
         values = safe_load(path)
         if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-            raise CheckpointError(f"'{path}' holds no online adaptation; allowed are files of OnlineAdapter.save: give one")
+            raise CheckpointError(
+                f"'{path}' holds no online adaptation; allowed are files of OnlineAdapter.save: give one of those"
+            )
         try:
             shapes = {name: tuple(tensor.shape) for name, tensor in values["parameters"].items()}
             if shapes != {name: tuple(tensor.shape) for name, tensor in self.parameters.items()}:
                 raise ValueError("its parameters are of another model")
+            if values["source"] != self.model.weights_sha256():
+                raise ValueError("it is of a model with other weights")
             if values["method"] != self.policy.method:
                 raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
             state = state_from_list(values["state"], copied_state(self.policy.init(self.parameters)))
             steps, events = int(values["steps"]), dict(values["events"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
             ) from error

@@ -12,7 +12,9 @@ NONFINITE = "nonfinite"
 
 
 class FiniteGuard:
-    """Refuses an update whose loss or gradient is NaN or infinite: parameters and state stay as they were.
+    """Refuses an update whose loss or squared gradient norm is NaN or infinite: parameters and state stay as they were.
+
+    The square counts because it enters the second moments, where an infinity would stay for good.
 
     ``events`` counts the refusals by name, here ``nonfinite``.
     """
@@ -22,7 +24,7 @@ class FiniteGuard:
 
     def __call__(self, loss: Tensor, gradients: Parameters) -> bool:
         """Whether to apply the update."""
-        finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(flatten(gradients)).all())
+        finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(flatten(gradients).square().sum()))
         if not finite:
             self.events[NONFINITE] += 1
         return finite

@@ -79,13 +79,12 @@ def policy_from_dict(values: Mapping[str, Any], path: str | Path = "policy") -> 
         )
     if values.get("version") != VERSION:
         raise CheckpointError(
-            f"'{path}' has version {values.get('version')}; this release reads version {VERSION}: train the policy again"
+            f"'{path}' has version {values.get('version')}; this release reads version {VERSION}: train the policy "
+            "again"
         )
     try:
         return _build(values)
-    except MetaoptError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (MetaoptError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"'{path}' is damaged ({reason}); train the policy again or restore the file") from error
 
@@ -105,8 +104,9 @@ def _build(values: Mapping[str, Any]) -> AdaptationPolicy:
     if len(dtypes) == 1:
         policy.to(dtypes.pop())
     policy.load_state_dict(values["weights"])
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in policy.state_dict().values()):
-        raise ValueError("a learned tensor holds NaN or infinity")
+    tensors = [*policy.state_dict().values(), *(statistics["mean"] + statistics["std"] if statistics else ())]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ValueError("a tensor holds NaN or infinity")
     layout = ParameterLayout.from_list(source["layout"])
     policy.source = SourceRecord(ModelSpec.from_dict(source["spec"]), str(source["sha256"]), layout)
     policy.training = dict(values["training"])
@@ -136,20 +136,25 @@ def check_source(policy: AdaptationPolicy, model: nn.Module) -> None:
     """Refuse a model that the policy was not trained on. A method that was never trained fits any model.
 
     Raises:
-        CheckpointError: another architecture, class count or weights.
+        CheckpointError: another architecture, class count, normalisation or weights.
     """
     if policy.source is None or not isinstance(model, SourceModel):
         return
     trained, given = policy.source.spec, model.spec
     if trained.name != given.name:
         raise CheckpointError(
-            f"the policy was trained on {trained.name} and the model is {given.name}; allowed is the same architecture: "
-            f"set model={trained.name} or train a policy for {given.name}"
+            f"the policy was trained on {trained.name} and the model is {given.name}; allowed is the same "
+            f"architecture: set model={trained.name} or train a policy for {given.name}"
         )
     if trained.num_classes != given.num_classes:
         raise CheckpointError(
-            f"the policy was trained on {trained.num_classes} classes and the model has {given.num_classes}; allowed is "
-            "the same number: load the model that the policy was trained on"
+            f"the policy was trained on {trained.num_classes} classes and the model has {given.num_classes}; allowed "
+            "is the same number: load the model that the policy was trained on"
+        )
+    if (trained.mean, trained.std) != (given.mean, given.std):
+        raise CheckpointError(
+            f"the policy's model normalised images by {trained.mean} and {trained.std}, this one by {given.mean} and "
+            f"{given.std}; allowed are the same: wrap the module by SourceModel(module, mean=..., std=...)"
         )
     found = model.weights_sha256()
     if policy.source.sha256 != found:

@@ -35,7 +35,7 @@ class MethodConfig:
         if self.update not in UPDATES:
             raise ConfigError(f"method.update is {self.update!r}; allowed are {', '.join(UPDATES)}: choose one")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"method.lr is {self.lr}; it must be positive and finite: set for example method.lr=0.001")
+            raise ConfigError(f"method.lr is {self.lr}; it must be positive and finite: set for example 0.001")
 
 
 def build_method(
