@@ -1,7 +1,7 @@
 """Reader of a folder in the form of CIFAR-10-C: one ``<corruption>.npy`` per corruption, and ``labels.npy``.
 
-A published file (D. Hendrycks and T. Dietterich, ICLR 2019) stacks five severities of 10,000 rows each, severity s in the
-rows (s - 1) * 10000 to s * 10000. A file with as many rows as there are distinct images holds one severity alone, 5.
+A published file (D. Hendrycks and T. Dietterich, ICLR 2019) stacks five severities of 10,000 rows each, severity s in
+the rows (s - 1) * 10000 to s * 10000. A file with as many rows as there are distinct images holds severity 5 alone.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from metaopt.data.stream import Domain, Stream
 from metaopt.errors import DataError
 
 SEVERITIES = 5
+PUBLISHED_ROWS = 10_000  # of one severity
 SINGLE_SEVERITY = 5  # of a file that holds one severity alone
 
 
@@ -75,16 +76,15 @@ def _find(folder: Path, name: str) -> Path:
 def _rows(path: Path, rows: int, label_rows: int, severity: int) -> tuple[int, int]:
     """First row and number of rows of a severity.
 
-    A file holds one severity, or five; the labels are those of one severity, or the same repeated five times. Where both
-    have as many rows, only the published size tells the two apart.
+    A file holds one severity, or five; the labels are those of one severity, or the same repeated five times. Where
+    both have as many rows, only the published size tells the two apart.
     """
-    published = 10_000
-    stacked = rows == SEVERITIES * label_rows or (rows == label_rows and rows == SEVERITIES * published)
+    stacked = rows == SEVERITIES * label_rows or (rows == label_rows and rows == SEVERITIES * PUBLISHED_ROWS)
     if stacked:
         count = rows // SEVERITIES
         return (severity - 1) * count, count
     if rows not in (label_rows, label_rows / SEVERITIES):
-        raise DataError(f"{path} has {rows} rows and labels.npy {label_rows}: they must be equal, or 5 to 1; check both")
+        raise DataError(f"{path} has {rows} rows and labels.npy {label_rows}: they must be equal or 5 to 1; check both")
     if severity != SINGLE_SEVERITY:
         raise DataError(f"severity {severity}: {path} holds severity {SINGLE_SEVERITY} alone; set data.severities=[5]")
     return 0, rows

@@ -82,7 +82,7 @@ def validate_images(images: Tensor) -> Tensor:
         raise DataError("images hold NaN or infinity: finite values in [0, 1] are needed; clean them first")
     if low < 0 or high > 1:
         raise DataError(
-            f"images lie in [{low:.4g}, {high:.4g}]: [0, 1] is needed; scale them and leave the normalisation to the model"
+            f"images lie in [{low:.4g}, {high:.4g}]: [0, 1] is needed; scale them and leave normalising to the model"
         )
     return images
 

@@ -52,7 +52,7 @@ class Shift:
             images.dtype,
             images.device,
         ):
-            raise DataError(f"shift '{self.name}' gave {_describe(shifted)}: {_describe(images)} went in; give the same")
+            raise DataError(f"shift '{self.name}' gave {_describe(shifted)}: {_describe(images)} went in; return such")
         try:
             return validate_images(shifted)
         except DataError as error:

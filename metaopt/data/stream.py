@@ -43,13 +43,11 @@ class Batch:
     index: Tensor  # (B,) int64 on the CPU: position of each image in its domain
 
 
-def batches(
-    domain: Domain, batch_size: int = 64, device: torch.device | str = "cpu", seed: int = 0
-) -> Iterator[Batch]:
+def batches(domain: Domain, batch_size: int = 64, device: torch.device | str = "cpu", seed: int = 0) -> Iterator[Batch]:
     """The domain's images in a seeded random order, the short last batch included.
 
-    The order depends on the seed and the number of images alone, so every method and every domain of that size meets the
-    same one.
+    The order depends on the seed and the number of images alone, so every method and every domain of that size meets
+    the same one.
 
     Raises:
         DataError: the batch size is below 1.
@@ -64,7 +62,7 @@ def batches(
 
 
 def corrupt(clean: ImageSet, shift: Shift, severity: float, seed: int = 0) -> ImageSet:
-    """The same images under a shift; what is random depends on seed, shift, severity and the image's position alone."""
+    """The same images under a shift; what is random depends on the seed, the shift's name and the severity."""
     generator = generator_for(seed, shift.name, float(severity))
     parts = [to_bytes(shift(to_float(part), severity, generator)) for part in clean.images.split(CHUNK)]
     return ImageSet(torch.cat(parts), clean.labels)
@@ -105,6 +103,7 @@ def digits_stream(
     severities: Sequence[float] = (5,),
     limit: int | None = None,
     seed: int = 0,
+    part: str = "stream",
 ) -> Stream:
     """The digits' stream part under corruptions.
 
@@ -113,6 +112,10 @@ def digits_stream(
         severities: each in (0, 5].
         limit: images per corruption; ``None`` means all 669.
         seed: of what the corruptions draw; the digits themselves stay those of seed 0.
+        part: "stream", or "source" for the labelled images that source models are trained on.
     """
     names = shift_names(TEST) if corruptions is None else corruptions
-    return shifted_stream(load_digits().stream.take(limit), names, severities, name="digits", seed=seed)
+    parts = {"stream": load_digits().stream, "source": load_digits().source}
+    if part not in parts:
+        raise DataError(f"unknown part '{part}' of the digits: allowed are {', '.join(parts)}; choose one")
+    return shifted_stream(parts[part].take(limit), names, severities, name="digits", seed=seed)

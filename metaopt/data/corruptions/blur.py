@@ -85,7 +85,7 @@ def motion_blur(images: Tensor, severity: float, generator: torch.Generator) -> 
 
 
 def zoom_blur(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
-    """Average the image and its enlargements by 1, 1.01, 1.02, ...; a fraction of a severity weighs the last one less."""
+    """Average the image and its enlargements by 1, 1.01, 1.02, ...; of a fractional number the last weighs less."""
     (count,) = constants(ZOOM, severity)
     values = unit(images)
     total = values.clone()

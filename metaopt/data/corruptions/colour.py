@@ -13,8 +13,8 @@ from metaopt.data.corruptions.severity import constants, truncate, unit
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # shares of red, green and blue in grey, ITU-R BT.601
 CONTRAST = ((1.0,), (0.75,), (0.5,), (0.4,), (0.3,), (0.15,))  # share of the distance to the mean that is kept
 BRIGHTNESS = ((0.0,), (0.05,), (0.1,), (0.15,), (0.2,), (0.3,))  # added to the value
-# Factor and offset of the saturation. Published severities 1 and 2 take colour away, 3 to 5 add it: between 2 and 3 the
-# line passes the unchanged image.
+# Factor and offset of the saturation. Published severities 1 and 2 take colour away, 3 to 5 add it: between 2 and 3
+# the line passes the unchanged image.
 SATURATE = ((1.0, 0.0), (0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2))
 
 
@@ -22,7 +22,7 @@ def contrast(images: Tensor, severity: float, generator: torch.Generator) -> Ten
     """Pull each channel towards its mean over the image."""
     (kept,) = constants(CONTRAST, severity)
     values = unit(images)
-    # Summed pixel after pixel, as NumPy does: the last bit of the mean decides where a truncation falls on a whole byte.
+    # Summed pixel by pixel, as NumPy does: the last bit of the mean decides where a truncation meets a whole byte.
     mean = values.flatten(2).cumsum(2)[:, :, -1, None, None] / values[0, 0].numel()
     return truncate((values - mean) * kept + mean, images)
 

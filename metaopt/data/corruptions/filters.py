@@ -104,8 +104,8 @@ def clipped_zoom(images: Tensor, factor: float) -> Tensor:
 def motion(images: Tensor, radius: float, sigma: float, angles: Tensor) -> Tensor:
     """Blur each image of (B, C, H, W) along its own direction, trailing to one side, edge pixels repeated outside.
 
-    The rule of ImageMagick's motion blur: ``2 ceil(radius) + 1`` taps of half a Gaussian, at the whole pixels nearest to
-    the line.
+    The rule of ImageMagick's motion blur: ``2 ceil(radius) + 1`` taps of half a Gaussian, at the whole pixels nearest
+    to the line.
 
     Args:
         images: (B, C, H, W).
@@ -128,7 +128,7 @@ def motion(images: Tensor, radius: float, sigma: float, angles: Tensor) -> Tenso
 
 
 def drawing_size(images: Tensor) -> tuple[int, int]:
-    """Height and width at which a random layer is drawn: the images' shape with its shorter side at 32 pixels."""
+    """Height and width at which a random layer is drawn: the images' shape, its shorter side at most 32 pixels."""
     scale = length_scale(images)
     return round(images.shape[-2] / scale), round(images.shape[-1] / scale)
 

@@ -3,8 +3,8 @@
 A corruption takes float images in [0, 1] that stand for bytes, computes on ``k / 255`` in double precision as the
 published recipe does, and cuts the result to bytes by truncation, so that it reproduces the published files to the last
 bit where it draws no random numbers. Lengths in the constants are pixels of a 32-pixel image; for another size they are
-multiplied by ``min(H, W) / 32``, and random layers (fog, frost, snow, spatter, elastic fields) are drawn at 32 pixels and
-enlarged: 32-pixel images are as published, and larger ones look the same. Pixel noise is per pixel at any size.
+multiplied by ``max(1, min(H, W) / 32)``, and random layers (fog, frost, snow, spatter, elastic fields) are drawn at 32
+pixels and enlarged: 32-pixel images are as published, larger ones look the same. Noise is per pixel at any size.
 """
 
 import math
@@ -51,8 +51,8 @@ def neighbours(severity: float) -> tuple[int, float]:
 
 
 def length_scale(images: Tensor) -> float:
-    """How many pixels of these images one published pixel is."""
-    return min(images.shape[-2:]) / PUBLISHED_SIDE
+    """How many pixels of these images one published pixel is; at least one, as a shorter length would vanish."""
+    return max(1.0, min(images.shape[-2:]) / PUBLISHED_SIDE)
 
 
 def unit(images: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Constants: Hendrycks and Dietterich, ICLR 2019, ``make_cifar_c.py``. Every function takes images (B, 3, H, W) in [0, 1],
 a severity in (0, 5] and a generator, and gives images of the same shape. Snow and fog follow the published recipe. Its
-frost is cut from five photographs; here it is procedural, from four kinds of frosted pane with the photographs' colours,
-contrast and grain, drawn as often as the photographs showed them.
+frost is cut from five photographs; here it is procedural, from four kinds of frosted pane with the photographs'
+colours, contrast and grain, drawn as often as the photographs showed them.
 """
 
 import torch
@@ -28,17 +28,19 @@ FROST = ((1.0, 0.0), (1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)) 
 FOG = ((0.0, 3), (0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))  # thickness, decay of the roughness with scale
 FOG_ROUGHNESS = 100.0  # of the coarsest scale; the published recipe draws from +- its square
 
-# Frosted panes: mean colour and its spread from place to place, in bytes; standard deviation of the grain, in bytes, and
-# its skewness; shares of the grain's variance that are fine, needles and broad. The bright one stands for two photographs.
+# Frosted panes: mean colour and its spread from image to image, in bytes; standard deviation of the grain, in bytes,
+# and its skewness; shares of the grain's variance that are fine, needles and broad. The bright one stands for two
+# photographs.
 PANES = (
-    ((97, 108, 120), 12, 33, 0.4, (0.62, 0.28, 0.10)),  # dark slate with light needles
-    ((141, 155, 168), 11, 26, 0.2, (0.74, 0.16, 0.10)),  # slate with sparkle
-    ((75, 147, 163), 13, 14, 0.4, (0.48, 0.27, 0.25)),  # a blue-green pane under a thin film
-    ((196, 201, 210), 9, 18, -1.0, (0.60, 0.25, 0.15)),  # white ice with dark specks
-    ((196, 201, 210), 9, 18, -1.0, (0.60, 0.25, 0.15)),
+    ((96, 108, 120), 12, 33, 0.4, (0.50, 0.43, 0.07)),  # dark slate with light needles
+    ((140, 154, 167), 11, 27, -0.1, (0.60, 0.24, 0.16)),  # slate with sparkle
+    ((75, 147, 163), 13, 14, 0.4, (0.30, 0.36, 0.34)),  # a blue-green pane under a thin film
+    ((197, 201, 211), 9, 18, -1.0, (0.48, 0.33, 0.19)),  # white ice with dark specks
+    ((197, 201, 211), 9, 18, -1.0, (0.48, 0.33, 0.19)),
 )
-NEEDLE_RADIUS, NEEDLE_SIGMA = 4.0, 2.5  # pixels along a needle
-BROAD_SIGMA = 4.0  # pixels
+NEEDLE_RADIUS, NEEDLE_SIGMA, NEEDLE_WIDTH = 4.0, 2.0, 0.6  # pixels along (cut and decay) and across a needle
+BROAD_SIGMA = 5.0  # pixels
+PATCHINESS = 0.2  # standard deviation of the logarithm of the grain's strength from place to place
 
 
 def snow(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
@@ -70,15 +72,16 @@ def _panes(like: Tensor, generator: torch.Generator) -> Tensor:
     colour, place, spread, skewness, shares = (
         torch.tensor(column, dtype=like.dtype, device=like.device)[kind] for column in zip(*PANES, strict=True)
     )
-    fine, needles, broad = normal((3, batch, 1, height, width), like, generator)
+    fine, needles, broad, patches = normal((4, batch, 1, height, width), like, generator)
     angles = uniform((batch,), like, generator, 0, 360)
-    needles = _standardise(motion(needles, NEEDLE_RADIUS, NEEDLE_SIGMA, angles))
-    broad = _standardise(gaussian(broad, BROAD_SIGMA, "symmetric"))
+    needles = _standardise(motion(gaussian(needles, NEEDLE_WIDTH), NEEDLE_RADIUS, NEEDLE_SIGMA, angles))
+    broad, patches = (_standardise(gaussian(layer, BROAD_SIGMA, "symmetric")) for layer in (broad, patches))
     weights = shares.sqrt()[:, :, None, None]
     grain = fine * weights[:, 0:1] + needles * weights[:, 1:2] + broad * weights[:, 2:3]
     # z + a (z^2 - 1) of a standard normal z has mean 0, variance 1 + 2 a^2 and, for small a, skewness 6 a.
     bend = (skewness / 6).view(-1, 1, 1, 1)
     grain = (grain + bend * (grain**2 - 1)) / (1 + 2 * bend**2).sqrt()
+    grain = grain * torch.exp(PATCHINESS * patches - PATCHINESS**2)  # the mean square stays 1
     shade = place.view(-1, 1, 1, 1) * normal((batch, 1, 1, 1), like, generator)
     return ((colour.view(-1, 3, 1, 1) + shade + spread.view(-1, 1, 1, 1) * grain) / 255).clamp(0, 1)
 
@@ -102,9 +105,9 @@ def fog(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
 def plasma(count: int, side: int, decay: float, like: Tensor, generator: torch.Generator) -> Tensor:
     """Height maps by the diamond-square algorithm on a torus, (count, 1, S, S), S >= side a power of two, in [0, 1].
 
-    A. Fournier, D. Fussell and L. Carpenter, "Computer rendering of stochastic models", CACM 1982. Starting from a grid of
-    one point, each round halves the spacing: the centre of each square becomes the mean of its corners plus noise, then
-    the middle of each edge the mean of its four neighbours plus noise; the noise shrinks with the spacing.
+    A. Fournier, D. Fussell and L. Carpenter, "Computer rendering of stochastic models", CACM 1982. Starting from a grid
+    of one point, each round halves the spacing: the centre of each square becomes the mean of its corners plus noise,
+    then the middle of each edge the mean of its four neighbours plus noise; the noise shrinks with the spacing.
 
     Args:
         count: number of maps.
