@@ -1,11 +1,13 @@
 """Files: atomic writes, safe loading of tensors, and the fingerprint of a model's weights."""
 
+import errno
 import hashlib
 import io
 import os
 import pickle
 import secrets
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import CheckpointError, OutputError
 
-_CODE_MARKERS = ("Unsupported global", "Unsupported class", "TorchScript")
+_CODE_MARKERS = ("Unsupported global", "unsupported GLOBAL", "Unsupported class", "TorchScript")
 """Parts of torch's messages for a file that would run code or build foreign objects, as opposed to a broken one."""
 
 _PICKLE_START = b"\x80"
@@ -73,8 +75,12 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
     atomic_write_bytes(buffer.getvalue(), path)
 
 
-def safe_load(path: str | os.PathLike[str]) -> Any:
+def safe_load(path: str | os.PathLike[str], *, checksums: bool = False) -> Any:
     """Load a file of ``torch.save`` on the CPU, without ever running code that it may hold.
+
+    Args:
+        path: the file.
+        checksums: also compare the stored checksums, which torch does not: for files that `atomic_save` wrote.
 
     Raises:
         CheckpointError: the file is missing, unreadable, broken, or holds more than tensors and primitives.
@@ -85,6 +91,8 @@ def safe_load(path: str | os.PathLike[str]) -> Any:
     if not source.is_file():
         raise CheckpointError(f"'{source}' is a folder; give the path of a file written by torch.save")
     try:
+        if checksums:
+            _compare_checksums(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it is TorchScript: refused below
             return torch.load(source, map_location="cpu", weights_only=True)
@@ -96,11 +104,22 @@ def safe_load(path: str | os.PathLike[str]) -> Any:
             ) from error
         raise _broken(source, error) from error
     except OSError as error:
+        if error.errno == errno.EINVAL:  # torch seeks by what a damaged file says, before its start
+            raise _broken(source, error) from error
         raise CheckpointError(
             f"cannot read '{source}' ({error.strerror or error}); give a file that can be read"
         ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise _broken(source, error) from error
+
+
+def _compare_checksums(path: Path) -> None:
+    if not zipfile.is_zipfile(path):
+        return  # not of atomic_save: torch says what it is
+    with zipfile.ZipFile(path) as archive:
+        member = archive.testzip()
+    if member is not None:
+        raise zipfile.BadZipFile(f"checksum of {member}")
 
 
 def _would_run_code(path: Path, message: str) -> bool:

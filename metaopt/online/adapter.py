@@ -112,8 +112,10 @@ class OnlineAdapter:
         own = dict(self.model.named_parameters(remove_duplicate=False))
         # By identity, because a layer that is used twice has two names there and one here.
         adapted = {id(own[name]): tensor for name, tensor in self.parameters.items()}
-        weights = {name: adapted.get(id(own.get(name)), tensor) for name, tensor in self.model.state_dict().items()}
-        return {name.removeprefix("module."): tensor.detach().clone() for name, tensor in weights.items()}
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            weights[name.removeprefix("module.")] = adapted.get(id(own.get(name)), tensor).detach().clone()
+        return weights
 
     def save(self, path: str | Path) -> None:
         """Write the adaptation so far (not the model, not the policy), atomically.
@@ -140,7 +142,7 @@ class OnlineAdapter:
         Raises:
             CheckpointError: the file is missing, damaged, or of another model or method.
         """
-        values = safe_load(path)
+        values = safe_load(path, checksums=True)
         if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
             raise CheckpointError(
                 f"'{path}' holds no online adaptation; allowed are files of OnlineAdapter.save: give one of those"

@@ -129,7 +129,7 @@ def load_policy(path: str | Path) -> AdaptationPolicy:
     Raises:
         CheckpointError: the file is missing, unreadable, unsafe, foreign or damaged.
     """
-    return policy_from_dict(safe_load(path), path)
+    return policy_from_dict(safe_load(path, checksums=True), path)
 
 
 def check_source(policy: AdaptationPolicy, model: nn.Module) -> None:

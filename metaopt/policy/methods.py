@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 
 from metaopt.errors import ConfigError
-from metaopt.generator import SGD, Adam, GeneratorConfig, GradientGenerator
+from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
 from metaopt.objectives import WeightedObjective
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.types import SourceStatistics
 
-UPDATES = ("none", "adam", "sgd", "generator")
+UPDATES = ("none", *HAND_MADE_RULES, "generator")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def build_method(
         rule = _generator(config, policy)
     else:
         rates = {} if config.lr is None else {"lr": config.lr}
-        rule = Adam(**rates) if config.update == "adam" else SGD(**rates)
+        rule = HAND_MADE_RULES[config.update](**rates)
     method = AdaptationPolicy(
         config.name, batch_statistics=config.batch_statistics, objective=objective, rule=rule, statistics=statistics
     )
