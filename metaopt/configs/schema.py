@@ -7,12 +7,15 @@ belong to one part alone (a generator's clamp, a corruption's name) are checked 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 
 from metaopt.errors import ConfigError
 
 SETTINGS = ("reset", "continual")
 MEMORIES = ("dense",)
 UPDATES = ("none", "adam", "sgd", "generator")
+PARTS = ("stream", "source")
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -62,9 +65,11 @@ class DataSection:
     root: str | None = None  # folder of a CIFAR-C set
     images: str | None = None  # (N, H, W, 3) uint8 .npy
     labels: str | None = None  # (N,) .npy; None: nothing is scored
+    part: str = "stream"  # of the digits: the held-out ones, or "source", the labelled training images
 
     def __post_init__(self) -> None:
         """Check the range of each value."""
+        _one_of("data.part", self.part, PARTS)
         _at_least("data.limit", self.limit, 1)
         if not self.severities:
             raise ConfigError("data.severities=[] is empty; allowed are values in (0, 5]: set data.severities=[5]")
@@ -132,6 +137,7 @@ class MetaSection:
     epochs: int
     unrolls: int
     lr: float
+    schedule: str
     clip_norm: float
     shrinkage: float
     shifts: list[str]
@@ -143,6 +149,17 @@ class MetaSection:
     clean_view: str
     selection_shifts: list[str]
     selection_tasks: int
+    select_best: bool
+    report_tasks: int
+    report_adam_lr: float
+
+    def __post_init__(self) -> None:
+        """Check what no other part checks."""
+        if len(self.strength) != 2:
+            raise ConfigError(f"meta.strength={self.strength} is not allowed; it takes two values: set [0.5,5]")
+        if self.report_tasks != 0:
+            _at_least("meta.report_tasks", self.report_tasks, 2)
+        _positive("meta.report_adam_lr", self.report_adam_lr)
 
 
 def _needs(condition: bool, key: str, why: str, fix: str) -> None:
@@ -195,12 +212,15 @@ class MetaTrainSettings:
     memory: str
     seed: int
     device: str
-    out: str
+    out: str | None  # set when the settings are made: see the YAML file
     resume: str | None
     stop_after: int | None  # epochs in this run; None: to the end
 
     def __post_init__(self) -> None:
-        """Check each value and what they need of one another."""
+        """Check each value and what they need of one another; a run that goes on stays in its folder."""
+        if self.out is None:
+            new = f"runs/meta_train/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+            self.out = new if self.resume is None else str(Path(self.resume).parent)
         _weights("objective", self.objective)
         _one_of("memory", self.memory, MEMORIES)
         for key, least in (("n_unlabeled", 2), ("batch_size", 2), ("seed", 0), ("stop_after", 1)):
@@ -248,6 +268,7 @@ class BenchmarkSettings:
     methods: list[str]  # the rows; a method with a policy has one row for each policy
     policy_path: list[str]
     settings: list[str]
+    rates: list[float]  # learning rates of every method with Adam or SGD, a row for each; empty: method.NAME.lr
     seeds: list[int]
     n_unlabeled: int
     batch_size: int
@@ -269,6 +290,8 @@ class BenchmarkSettings:
             _at_least(key, value, least)
         for seed in self.seeds:
             _at_least("seeds", seed, 0)
+        for rate in self.rates:
+            _positive("rates", rate)
         _check_model(self.data, self.model)
         _check_data(self.data)
         for name in self.methods:

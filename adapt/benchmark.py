@@ -1,0 +1,55 @@
+"""Run methods side by side on the same stream: ``python adapt/benchmark.py --help``."""
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+
+from metaopt.configs import BenchmarkSettings, resolve_device, run_command
+from metaopt.configs.arms import Results, arms
+from metaopt.configs.assemble import assemble_method, build_stream, check_stream, load_model, statistics_of
+from metaopt.files import ensure_writable_folder
+from metaopt.measure import progress
+from metaopt.online import OnlineAdapter, run_stream
+from metaopt.policy import check_source, load_policy
+
+
+def run(settings: BenchmarkSettings) -> None:
+    """Run every arm on every seed's stream."""
+    device = resolve_device(settings.device)
+    policies = {path: load_policy(path) for path in settings.policy_path}
+    streams = {seed: build_stream(settings.data, seed) for seed in settings.seeds}
+    out = ensure_writable_folder(settings.out)
+    model = load_model(settings.model, settings.source, device)
+    for policy in policies.values():
+        check_source(policy, model)
+    check_stream(streams[settings.seeds[0]], model)
+    statistics = cache(lambda: statistics_of(settings, model, device))
+    listed = list(arms(settings))
+    methods = [
+        assemble_method(arm.method, None if arm.policy is None else policies[arm.policy], statistics) for arm in listed
+    ]
+    results = Results(out / "benchmark.csv")
+    with progress(len(listed) * len(streams), "Runs") as bar:
+        for seed, stream in streams.items():
+            for arm, method in zip(listed, methods, strict=True):
+                report = run_stream(
+                    OnlineAdapter(model, method),
+                    stream,
+                    setting=arm.setting,
+                    batch_size=settings.batch_size,
+                    seed=seed,
+                    device=device,
+                )
+                results.add(arm, seed, report)
+                bar.update()
+    results.show()
+    print(f"each corruption of each run: {results.path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command with these arguments; None: those of this process."""
+    return run_command(run, BenchmarkSettings, __file__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

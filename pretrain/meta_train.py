@@ -1,0 +1,105 @@
+"""Meta-train an adaptation policy on a few unlabeled images: ``python pretrain/meta_train.py --help``."""
+
+import copy
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metaopt.configs import MetaTrainSettings, resolve_device, run_command
+from metaopt.configs.assemble import load_model, meta_train_config, unlabeled_images
+from metaopt.files import atomic_write_text, ensure_writable_folder
+from metaopt.measure import Monitor, closing_table, progress
+from metaopt.meta import MetaTrainer
+from metaopt.meta.report import MetaReport, report_on_unseen_tasks
+from metaopt.meta.resume import load_run, save_run
+from metaopt.policy import save_policy
+
+CHECKPOINT = Path("ckpt.pt")  # in the current folder
+
+
+def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
+    """Meta-train, save the policy, and report on unseen tasks."""
+    assert settings.out is not None
+    device, config = resolve_device(settings.device), meta_train_config(settings)
+    images = unlabeled_images(settings, device)
+    ensure_writable_folder(CHECKPOINT.parent)
+    out = ensure_writable_folder(settings.out)
+    model = load_model(settings.model, settings.source, device)
+    trainer = MetaTrainer(model, images, settings.meta.shifts, config)
+    untrained = copy.deepcopy(trainer.policy)
+    if settings.resume is not None:
+        load_run(trainer, settings.resume)
+    started = time.monotonic()
+    with Monitor(out, resume_step=trainer.counters.updates + 1 if settings.resume else 0) as trainer.monitor:
+        train(trainer, out / "last.pt", settings.stop_after, overrides)
+        policy = trainer.best_policy()
+        save_policy(policy, CHECKPOINT)
+        summary: dict[str, Any] = {"model": settings.model.name, "seed": settings.seed, **policy.training}
+        summary["seconds"] = time.monotonic() - started
+        if settings.meta.report_tasks:
+            report = report_on_unseen_tasks(
+                trainer, untrained, policy, tasks=settings.meta.report_tasks, adam_lr=settings.meta.report_adam_lr
+            )
+            report.log(trainer.monitor, trainer.counters.updates)
+            summary["report"] = report.to_dict()
+            show(report)
+    atomic_write_text(json.dumps(summary, indent=2) + "\n", out / "summary.json")
+    say_what_next(trainer, out, overrides)
+
+
+def train(trainer: MetaTrainer, last: Path, stop_after: int | None, overrides: Sequence[str]) -> None:
+    """Run the trainer with a progress bar; ``last`` holds every complete epoch, and after Ctrl-C every complete unroll."""
+    config, counters = trainer.config, trainer.counters
+    epochs = config.epochs if stop_after is None else min(config.epochs, counters.epoch + stop_after)
+    done = counters.epoch * config.unrolls + counters.unroll
+    snapshot = copy.deepcopy(trainer.state_dict())  # an interrupt may come in the middle of an unroll
+    with progress(epochs * config.unrolls, "Meta-training", completed=done) as bar:
+
+        def on_unroll(loss: float) -> None:
+            nonlocal snapshot
+            snapshot = copy.deepcopy(trainer.state_dict())
+            bar.update(loss=loss)
+
+        try:
+            trainer.run(stop_after, on_unroll, lambda: save_run(trainer, trainer.state_dict(), last))
+        except KeyboardInterrupt:
+            save_run(trainer, snapshot, last)
+            print(f"\nsaved {last}; go on with: {resume_command(last, overrides)}", file=sys.stderr)
+            raise
+
+
+def show(report: MetaReport) -> None:
+    """The closing table."""
+    tasks = len(next(iter(report.losses.values())))
+    title = f"Meta-loss on {tasks} unseen tasks, {report.steps} steps (95 % interval of the paired difference)"
+    closing_table(title, ["", "meta-loss", "to before"], report.rows())
+
+
+def say_what_next(trainer: MetaTrainer, out: Path, overrides: Sequence[str]) -> None:
+    """Where the results are, and the command that comes after this one."""
+    counters = trainer.counters
+    print(f"{CHECKPOINT}: best of epochs 0 to {counters.epoch}: {counters.best_epoch}; curves in {out}")
+    if counters.epoch < trainer.config.epochs:
+        print(f"{trainer.config.epochs - counters.epoch} epochs are left: {resume_command(out / 'last.pt', overrides)}")
+    kept = [item for item in overrides if item.startswith(("model", "data", "source.", "device="))]
+    print("Next:", shlex.join(["python", "adapt/online.py", "--policy", str(CHECKPOINT), *kept]))
+
+
+def resume_command(last: Path, overrides: Sequence[str]) -> str:
+    """The command line that goes on from ``last``."""
+    kept = [item for item in overrides if not item.startswith(("resume=", "stop_after="))]
+    return shlex.join(["python", "pretrain/meta_train.py", *kept, f"resume={last}"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command with these arguments; None: those of this process."""
+    overrides = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda settings: run(settings, overrides), MetaTrainSettings, __file__, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
