@@ -114,7 +114,8 @@ class OnlineAdapter:
         adapted = {id(own[name]): tensor for name, tensor in self.parameters.items()}
         weights: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
-            weights[name.removeprefix("module.")] = adapted.get(id(own.get(name)), tensor).detach().clone()
+            current: Tensor = adapted.get(id(own[name]), tensor) if name in own else tensor
+            weights[name.removeprefix("module.")] = current.detach().clone()
         return weights
 
     def save(self, path: str | Path) -> None:
