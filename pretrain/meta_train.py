@@ -52,7 +52,7 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
 
 
 def train(trainer: MetaTrainer, last: Path, stop_after: int | None, overrides: Sequence[str]) -> None:
-    """Run the trainer with a progress bar; ``last`` holds every complete epoch, and after Ctrl-C every complete unroll."""
+    """Run the trainer with a progress bar; ``last`` holds every whole epoch, and after Ctrl-C every whole unroll."""
     config, counters = trainer.config, trainer.counters
     epochs = config.epochs if stop_after is None else min(config.epochs, counters.epoch + stop_after)
     done = counters.epoch * config.unrolls + counters.unroll
@@ -82,7 +82,7 @@ def show(report: MetaReport) -> None:
 def say_what_next(trainer: MetaTrainer, out: Path, overrides: Sequence[str]) -> None:
     """Where the results are, and the command that comes after this one."""
     counters = trainer.counters
-    print(f"{CHECKPOINT}: best of epochs 0 to {counters.epoch}: {counters.best_epoch}; curves in {out}")
+    print(f"{CHECKPOINT} holds epoch {counters.best_epoch} of {counters.epoch}; curves and summary.json in {out}")
     if counters.epoch < trainer.config.epochs:
         print(f"{trainer.config.epochs - counters.epoch} epochs are left: {resume_command(out / 'last.pt', overrides)}")
     kept = [item for item in overrides if item.startswith(("model", "data", "source.", "device="))]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from metaopt.configs.schema import BenchmarkSettings, MethodSection
+from metaopt.configs.schema import BenchmarkSettings
+from metaopt.configs.sections import MethodSection
 from metaopt.files import atomic_write_text
 from metaopt.measure import closing_table
 from metaopt.online import RunReport

@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metaopt.configs.schema import DataSection, MetaTrainSettings, MethodSection, ModelSection, SourceSection
+from metaopt.configs.schema import MetaTrainSettings
+from metaopt.configs.sections import DataSection, MethodSection, ModelSection, SourceSection
 from metaopt.data import Stream, arrays_stream, cifar_c_stream, digits_stream, generator_for, load_arrays, load_digits
 from metaopt.data.images import to_float
 from metaopt.errors import ConfigError, DataError

@@ -1,165 +1,28 @@
 """What each command can be told: one dataclass for each file at the top of ``configs/``, checked when it is made.
 
-The YAML files hold the values and say which settings exist; these classes hold their types and ranges. Values that
-belong to one part alone (a generator's clamp, a corruption's name) are checked by that part.
+The YAML files hold the values and say which settings exist; these classes hold their types and ranges.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from metaopt.configs.sections import (
+    DataSection,
+    GeneratorSection,
+    MetaSection,
+    MethodSection,
+    ModelSection,
+    SourceSection,
+    check_at_least,
+    check_one_of,
+    check_positive,
+    check_weights,
+)
 from metaopt.errors import ConfigError
 
 SETTINGS = ("reset", "continual")
 MEMORIES = ("dense",)
-UPDATES = ("none", "adam", "sgd", "generator")
-PARTS = ("stream", "source")
-
-
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}={value} is unknown; allowed are {', '.join(allowed)}: choose one")
-
-
-def _at_least(key: str, value: float | None, least: float) -> None:
-    if value is not None and not (math.isfinite(value) and value >= least):
-        raise ConfigError(f"{key}={value} is out of range; allowed are values of at least {least}: set {key}={least}")
-
-
-def _positive(key: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{key}={value} is out of range; allowed are finite values above 0: for example {key}=0.001")
-
-
-def _weights(key: str, weights: dict[str, float]) -> None:
-    for name, value in weights.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(
-                f"{key}.{name}={value} is out of range; allowed are finite weights of at least 0: set 0 to leave it out"
-            )
-
-
-@dataclass
-class ModelSection:
-    """The source model: a name in timm's registry and, unless the data are the digits, its weights."""
-
-    name: str
-    checkpoint: str | None = None
-    num_classes: int | None = None  # None: as many as the architecture's default
-
-    def __post_init__(self) -> None:
-        """Check the range of each value."""
-        _at_least("model.num_classes", self.num_classes, 2)
-
-
-@dataclass
-class DataSection:
-    """The stream of shifted images; each source of data has some of these settings."""
-
-    name: str
-    corruptions: list[str] | None = None  # None: the fifteen test corruptions
-    severities: list[float] = field(default_factory=lambda: [5.0])
-    limit: int | None = None  # images of each corruption; None: all
-    root: str | None = None  # folder of a CIFAR-C set
-    images: str | None = None  # (N, H, W, 3) uint8 .npy
-    labels: str | None = None  # (N,) .npy; None: nothing is scored
-    part: str = "stream"  # of the digits: the held-out ones, or "source", the labelled training images
-
-    def __post_init__(self) -> None:
-        """Check the range of each value."""
-        _one_of("data.part", self.part, PARTS)
-        _at_least("data.limit", self.limit, 1)
-        if not self.severities:
-            raise ConfigError("data.severities=[] is empty; allowed are values in (0, 5]: set data.severities=[5]")
-        for severity in self.severities:
-            if not 0 < severity <= 5:
-                raise ConfigError(
-                    f"data.severities has {severity}; allowed are values in (0, 5]: set for example data.severities=[5]"
-                )
-
-
-@dataclass
-class SourceSection:
-    """Clean unlabeled images of the source domain, and the folder where the digits' source models are kept."""
-
-    images: str | None = None  # (N, H, W, 3) uint8 .npy; None: the digits' own unlabeled part
-    cache: str = "runs/source"
-
-
-@dataclass
-class MethodSection:
-    """One way of adapting online, as a composition of parts."""
-
-    name: str
-    batch_statistics: bool = False  # BatchNorm normalises by the batch
-    update: str = "none"
-    lr: float | None = None  # None: the policy's own
-    objective: dict[str, float] = field(default_factory=dict)  # weight of each term; empty: the policy's own
-    objective_from_policy: bool = False  # with policy_path, take its objective with the learned weights
-
-    def __post_init__(self) -> None:
-        """Check the range of each value."""
-        _one_of("method.update", self.update, UPDATES)
-        _positive("method.lr", self.lr)
-        _weights("method.objective", self.objective)
-
-    @property
-    def needs_policy(self) -> bool:
-        """Whether the method cannot run without a meta-trained policy."""
-        return self.update == "generator"
-
-
-@dataclass
-class GeneratorSection:
-    """The gradient generator that is meta-trained; its own class checks the ranges."""
-
-    variant: str
-    lr: float
-    hidden: int = 8
-    clamp: float = 3.0
-
-
-@dataclass
-class MetaSection:
-    """How the policy is meta-trained; :mod:`metaopt.meta` explains the settings and checks the ranges."""
-
-    loss: str
-    gradient: str
-    backend: str
-    steps: int
-    first_steps: int
-    curriculum: float
-    truncation: int | None
-    term_steps: int | None
-    update_every: int | None
-    epochs: int
-    unrolls: int
-    lr: float
-    schedule: str
-    clip_norm: float
-    shrinkage: float
-    shifts: list[str]
-    strength: list[float]
-    composed: float
-    occlusion: float
-    flip: bool | None
-    translate: int
-    clean_view: str
-    selection_shifts: list[str]
-    selection_tasks: int
-    select_best: bool
-    report_tasks: int
-    report_adam_lr: float
-
-    def __post_init__(self) -> None:
-        """Check what no other part checks."""
-        if len(self.strength) != 2:
-            raise ConfigError(f"meta.strength={self.strength} is not allowed; it takes two values: set [0.5,5]")
-        if self.report_tasks != 0:
-            _at_least("meta.report_tasks", self.report_tasks, 2)
-        _positive("meta.report_adam_lr", self.report_adam_lr)
 
 
 def _needs(condition: bool, key: str, why: str, fix: str) -> None:
@@ -221,10 +84,10 @@ class MetaTrainSettings:
         if self.out is None:
             new = f"runs/meta_train/{datetime.now():%Y-%m-%d_%H-%M-%S}"
             self.out = new if self.resume is None else str(Path(self.resume).parent)
-        _weights("objective", self.objective)
-        _one_of("memory", self.memory, MEMORIES)
+        check_weights("objective", self.objective)
+        check_one_of("memory", self.memory, MEMORIES)
         for key, least in (("n_unlabeled", 2), ("batch_size", 2), ("seed", 0), ("stop_after", 1)):
-            _at_least(key, getattr(self, key), least)
+            check_at_least(key, getattr(self, key), least)
         _check_model(self.data, self.model)
         _check_source_images(self.data, self.source)
 
@@ -248,10 +111,10 @@ class OnlineSettings:
 
     def __post_init__(self) -> None:
         """Check each value and what they need of one another."""
-        _one_of("setting", self.setting, SETTINGS)
-        _one_of("memory", self.memory, MEMORIES)
+        check_one_of("setting", self.setting, SETTINGS)
+        check_one_of("memory", self.memory, MEMORIES)
         for key, least in (("n_unlabeled", 2), ("batch_size", 1), ("seed", 0)):
-            _at_least(key, getattr(self, key), least)
+            check_at_least(key, getattr(self, key), least)
         _check_model(self.data, self.model)
         _check_data(self.data)
         _check_policy(self.method, bool(self.policy_path))
@@ -279,19 +142,19 @@ class BenchmarkSettings:
     def __post_init__(self) -> None:
         """Check each value and what they need of one another."""
         for name in self.methods:
-            _one_of("methods", name, tuple(self.method))
+            check_one_of("methods", name, tuple(self.method))
         for setting in self.settings:
-            _one_of("settings", setting, SETTINGS)
+            check_one_of("settings", setting, SETTINGS)
         for key, rows in (("methods", self.methods), ("settings", self.settings), ("seeds", self.seeds)):
             if not rows:
                 raise ConfigError(f"{key}=[] is empty; at least one is needed: leave {key} out for the default")
-        _one_of("memory", self.memory, MEMORIES)
+        check_one_of("memory", self.memory, MEMORIES)
         for key, value, least in (("n_unlabeled", self.n_unlabeled, 2), ("batch_size", self.batch_size, 1)):
-            _at_least(key, value, least)
+            check_at_least(key, value, least)
         for seed in self.seeds:
-            _at_least("seeds", seed, 0)
+            check_at_least("seeds", seed, 0)
         for rate in self.rates:
-            _positive("rates", rate)
+            check_positive("rates", rate)
         _check_model(self.data, self.model)
         _check_data(self.data)
         for name in self.methods:
@@ -309,4 +172,4 @@ class SourceSettings:
 
     def __post_init__(self) -> None:
         """Check the range of each value."""
-        _at_least("seed", self.seed, 0)
+        check_at_least("seed", self.seed, 0)

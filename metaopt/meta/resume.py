@@ -35,7 +35,7 @@ def load_run(trainer: MetaTrainer, path: str | Path) -> None:
     values = safe_load(path)
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(
-            f"'{path}' holds no meta-training to resume; allowed are the files last.pt of pretrain/meta_train.py: give one"
+            f"'{path}' holds no meta-training to resume; allowed is a last.pt of pretrain/meta_train.py: give one"
         )
     if values.get("images") != _images(trainer):
         raise CheckpointError(
