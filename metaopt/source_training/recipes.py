@@ -24,8 +24,8 @@ class Recipe:
 
 
 RECIPES = {
-    "cifar_resnet20": Recipe(optimizer="sgd", lr=0.1, epochs=15),
+    "cifar_resnet20": Recipe(optimizer="sgd", lr=0.1, epochs=20),
     "cifar_resnet56": Recipe(optimizer="sgd", lr=0.1, epochs=15),
-    "digits_vit": Recipe(optimizer="adamw", lr=2e-3, epochs=60, weight_decay=0.05),
+    "digits_vit": Recipe(optimizer="adamw", lr=1e-3, epochs=50, weight_decay=0.05),
 }
 """Recipe of every model that can be trained on the digits, by its name."""

@@ -72,7 +72,7 @@ class TestPooling:
         network, block = nn.Identity(), nn.Identity()
         expected = maps.mean(dim=(2, 3))
         torch.testing.assert_close(pool_features(network, block, maps, 2), expected)
-        network.output_fmt = "NHWC"  # pyright: ignore[reportAttributeAccessIssue]
+        network.output_fmt = "NHWC"  # pyright: ignore[reportArgumentType]
         torch.testing.assert_close(pool_features(network, block, maps.permute(0, 2, 3, 1), 2), expected)
 
     def test_a_layernorm_gives_the_layout_away(self):
