@@ -112,11 +112,9 @@ class OnlineAdapter:
         own = dict(self.model.named_parameters(remove_duplicate=False))
         # By identity, because a layer that is used twice has two names there and one here.
         adapted = {id(own[name]): tensor for name, tensor in self.parameters.items()}
-        weights: dict[str, Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
-            current: Tensor = adapted.get(id(own[name]), tensor) if name in own else tensor
-            weights[name.removeprefix("module.")] = current.detach().clone()
-        return weights
+        weights = self.model.state_dict()
+        weights.update({name: adapted[id(tensor)] for name, tensor in own.items() if id(tensor) in adapted})
+        return {name.removeprefix("module."): tensor.detach().clone() for name, tensor in weights.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the adaptation so far (not the model, not the policy), atomically.
