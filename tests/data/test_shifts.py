@@ -25,7 +25,7 @@ def test_families_hold_what_the_protocol_says():
 
 
 @pytest.mark.parametrize("name", shift_names())
-@pytest.mark.parametrize("strength", [0.3, 2.5, 3.6, 5.0])
+@pytest.mark.parametrize("strength", [0.3, 3.6, 5.0])
 def test_every_shift_keeps_shape_type_and_range_and_follows_its_seed(digits, name, strength):
     images = to_float(digits.images[:6])
     kept = images.clone()
@@ -42,7 +42,7 @@ def test_every_shift_keeps_shape_type_and_range_and_follows_its_seed(digits, nam
 
 
 @pytest.mark.parametrize("name", shift_names())
-@pytest.mark.parametrize("size", [(28, 28), (48, 40), (64, 64)])
+@pytest.mark.parametrize("size", [(28, 28), (64, 48)])
 def test_every_shift_takes_images_of_other_sizes(name, size):
     images = torch.rand(2, 3, *size, generator=generator_for("size"))
     shifted = get_shift(name)(images, 4.0, generator_for(0))
@@ -60,7 +60,7 @@ def test_every_shift_takes_single_black_white_and_double_images(name):
 
 @pytest.mark.parametrize("name", [name for name in shift_names() if name not in ("saturate", "elastic_transform")])
 def test_more_strength_shifts_more(digits, name):
-    images = to_float(digits.images[:20])
+    images = to_float(digits.images[:12])
     weak, strong = (
         (get_shift(name)(images, strength, generator_for(0)) - images).abs().mean() for strength in (0.5, 5.0)
     )

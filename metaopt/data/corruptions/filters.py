@@ -60,11 +60,16 @@ def gaussian(images: Tensor, sigma: float, border: Border = "nearest", cut: floa
     radius = int(cut * sigma + 0.5)
     if radius == 0:
         return images
-    channels = images.shape[1]
-    weights = gaussian_weights(sigma, radius).to(images.device, images.dtype)
-    padded = pad(images, radius, border)
-    rows = F.conv2d(padded, weights.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(rows, weights.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    weights = gaussian_weights(sigma, radius)
+    down, across = (_filter_matrix(size, weights, border).to(images) for size in images.shape[-2:])
+    return down @ images @ across.T
+
+
+def _filter_matrix(size: int, weights: Tensor, border: Border) -> Tensor:
+    """Correlation with an odd number of weights along an axis as a matrix (size, size), the border folded into it."""
+    radius = len(weights) // 2
+    taps = border_index(torch.arange(size)[:, None] + torch.arange(-radius, radius + 1), size, border)
+    return weights.new_zeros(size, size).scatter_add_(1, taps, weights.expand(size, -1))
 
 
 def bilinear(images: Tensor, y: Tensor, x: Tensor, border: Border) -> Tensor:

@@ -57,6 +57,7 @@ def test_pixels_are_those_of_the_published_files(real_data, clean, name):
     assert difference.max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NINETEEN if name not in DETERMINISTIC])
 def test_mean_and_spread_of_the_pixels_are_the_published_ones(real_data, clean, name):
     count = 400
