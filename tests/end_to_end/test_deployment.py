@@ -1,0 +1,146 @@
+"""``adapt/online.py`` and ``adapt/benchmark.py``: what they write, and that it is consistent."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from metaopt.data import load_digits
+from metaopt.measure import read_scalars
+
+from .commands import TINY_STREAM, command
+
+online = command("adapt/online.py")
+benchmark = command("adapt/benchmark.py")
+
+SUMMARY = [
+    *("method", "setting", "model", "seed", "batch_size", "images", "mean_error", "mean_ece", "held_mib", "state_mib"),
+    *("cuda_peak_mib", "step_ms_p50", "step_ms_p99", "forward_ms_p50", "ratio_to_forward", "updates", "guard_events"),
+    "domains",
+]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", ["source", "bn", "tent", "adam", "mgtta", "policy"])
+def test_every_method_predicts_and_accounts_for_itself(workspace: Path, method: str) -> None:
+    policy = ["--policy", "ckpt.pt"] if method in ("adam", "mgtta", "policy") else []
+    assert online([*policy, f"method={method}", *TINY_STREAM, "out=out"]) == 0
+    summary, rows = summary_of(workspace / "out"), table(workspace / "out/predictions.csv")
+    assert list(summary) == SUMMARY
+    assert (summary["method"], summary["images"], summary["guard_events"]) == (method, 40, {"nonfinite": 0})
+    assert [domain["name"] for domain in summary["domains"]] == ["fog", "contrast"]
+    assert list(rows[0]) == ["index", "domain", "severity", "prediction", "confidence", "label"]
+    labels = load_digits().stream.take(20).labels
+    assert labels is not None
+    for domain in summary["domains"]:
+        own = [row for row in rows if row["domain"] == domain["name"]]
+        assert sorted(int(row["index"]) for row in own) == list(range(20))
+        assert all(int(row["label"]) == labels[int(row["index"])] for row in own)
+        assert all(0.1 <= float(row["confidence"]) <= 1 for row in own)
+        wrong = sum(row["prediction"] != row["label"] for row in own)
+        assert domain["error"] == pytest.approx(100 * wrong / 20, abs=1e-4)
+    adapts = method not in ("source", "bn")
+    assert summary["updates"] == (6 if adapts else 0)
+    assert (summary["held_mib"] > 0) == adapts
+    assert [step for step, _ in read_scalars("out", "online/error")] == list(range(1, 7))
+
+
+def test_reset_and_continual_part_at_the_second_corruption(workspace: Path) -> None:
+    for setting in ("reset", "continual"):
+        assert online(["--policy", "ckpt.pt", *TINY_STREAM, f"setting={setting}", f"out={setting}"]) == 0
+    first, second = (table(workspace / setting / "predictions.csv") for setting in ("reset", "continual"))
+    assert first[:20] == second[:20]
+    assert first[20:] != second[20:]
+
+
+def test_the_same_command_gives_the_same_predictions(workspace: Path) -> None:
+    for out in ("one", "two"):
+        assert online(["method=tent", "method.lr=0.01", *TINY_STREAM, f"out={out}"]) == 0
+    assert (workspace / "one/predictions.csv").read_text() == (workspace / "two/predictions.csv").read_text()
+
+
+def test_own_images_without_labels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numpy.save("images.npy", load_digits().stream.take(20).images.permute(0, 2, 3, 1).numpy())
+    arguments = ["data=arrays", "data.images=images.npy", "model.checkpoint=model.pt", "batch_size=8", "out=out"]
+    assert online(["--policy", "ckpt.pt", *arguments]) == 0
+    summary = summary_of(workspace / "out")
+    assert summary["mean_error"] is None and summary["domains"][0]["error"] is None
+    assert {row["label"] for row in table(workspace / "out/predictions.csv")} == {""}
+    assert "arrays" in capsys.readouterr().out
+
+
+def test_a_diverged_model_is_not_confident(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = torch.load("model.pt")
+    weights["linear.weight"][0, 0] = torch.nan
+    torch.save(weights, "model.pt")
+    assert online(["method=tent", *TINY_STREAM, "out=out"]) == 0
+    assert {row["confidence"] for row in table(workspace / "out/predictions.csv")} == {"0.000000"}
+    summary = summary_of(workspace / "out")
+    assert (summary["mean_error"], summary["updates"], summary["guard_events"]) == (100.0, 0, {"nonfinite": 6})
+    assert "updates refused: nonfinite 6" in capsys.readouterr().out
+
+
+def test_benchmark_crosses_methods_rates_policies_settings_and_seeds(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "other.pt").write_bytes((workspace / "ckpt.pt").read_bytes())
+    arguments = ["methods=[bn,tent,policy]", "rates=[0.001,0.01]", "policy_path=[ckpt.pt,other.pt]", "seeds=[0,1]"]
+    assert benchmark([*arguments, *TINY_STREAM, "batch_size=4", "out=out"]) == 0
+    rows = table(workspace / "out/benchmark.csv")
+    arms = {(row["method"], row["lr"], row["policy"]) for row in rows}
+    assert arms == {
+        ("bn", "", ""),
+        ("tent", "0.001", ""),
+        ("tent", "0.01", ""),
+        ("policy", "", "ckpt.pt"),
+        ("policy", "", "other.pt"),
+    }
+    assert len(rows) == 5 * 2 * 2
+    one, other = ([row["error"] for row in rows if row["policy"] == name] for name in ("ckpt.pt", "other.pt"))
+    assert one == other
+    assert all(row["error_after_batch_5"] == row["error"] for row in rows), "20 images are 5 batches of 4"
+    out = capsys.readouterr().out
+    assert "all 2" in out and "±" in out
+
+
+def test_benchmark_agrees_with_online(workspace: Path) -> None:
+    assert benchmark(["methods=[tent]", "settings=[continual]", *TINY_STREAM, "out=many"]) == 0
+    assert online(["method=tent", "setting=continual", *TINY_STREAM, "out=one"]) == 0
+    errors = [float(row["error"]) for row in table(workspace / "many/benchmark.csv")]
+    assert errors == [domain["error"] for domain in summary_of(workspace / "one")["domains"]]
+
+
+def test_rates_can_be_chosen_on_training_images(workspace: Path) -> None:
+    stream = ["data.part=source", "data.corruptions=[saturate]", "data.limit=20", *TINY_STREAM[:2]]
+    assert benchmark(["methods=[tent]", "rates=[0.001,0.01]", *stream, "out=out"]) == 0
+    rows = table(workspace / "out/benchmark.csv")
+    assert [(row["lr"], row["corruption"]) for row in rows] == [("0.001", "saturate"), ("0.01", "saturate")]
+
+
+def test_a_stopped_benchmark_keeps_its_rows(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from metaopt.configs import arms
+
+    add, calls = arms.Results.add, 0
+
+    def interrupted(self: arms.Results, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        add(self, *arguments)
+
+    monkeypatch.setattr(arms.Results, "add", interrupted)
+    assert benchmark(["methods=[bn,tent]", *TINY_STREAM, "out=out"]) == 130
+    assert {row["method"] for row in table(workspace / "out/benchmark.csv")} == {"bn"}

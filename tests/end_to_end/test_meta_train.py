@@ -1,0 +1,160 @@
+"""``pretrain/meta_train.py``: what it leaves, and that a stopped run goes on as if it had not been stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metaopt.files import safe_load
+from metaopt.measure import read_scalars
+from metaopt.meta import MetaTrainer
+from metaopt.meta.report import AFTER, BEFORE, UNADAPTED
+from metaopt.policy import AdaptationPolicy, load_policy
+
+from .commands import ROOT, TINY_META, command
+
+meta_train = command("pretrain/meta_train.py")
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Bit-equal trees of tensors and primitives."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        assert left == right
+
+
+def assert_same_policy(left: AdaptationPolicy, right: AdaptationPolicy) -> None:
+    assert_same(dict(left.state_dict()), dict(right.state_dict()))
+    assert left.training == right.training
+
+
+def test_a_run_leaves_a_small_policy_a_summary_and_curves(workspace: Path) -> None:
+    assert (workspace / "ckpt.pt").stat().st_size < 2**20
+    policy = load_policy("ckpt.pt")
+    assert policy.source is not None and policy.source.spec.name == "cifar_resnet20"
+    summary = json.loads((workspace / "run/summary.json").read_text())
+    assert summary["config"] == policy.training["config"] and summary["epochs"] == 2
+    assert summary["config"]["tasks"]["flip"] is False, "a mirrored digit is another digit"
+    report = summary["report"]
+    assert (report["tasks"], report["steps"]) == (2, 2)
+    assert set(report["meta_loss"]) == {UNADAPTED, BEFORE, AFTER, "Adam at 0.01"}
+    drop = report["drop"][AFTER]
+    assert drop["mean"] == pytest.approx(report["meta_loss"][AFTER] - report["meta_loss"][BEFORE], abs=1e-6)
+    assert drop["low"] < drop["mean"] < drop["high"]
+    assert [step for step, _ in read_scalars("run", "meta/loss")] == [1, 2, 3, 4]
+    assert read_scalars("run", "meta/report/drop") == [(4, pytest.approx(drop["mean"], abs=1e-6))]
+
+
+def test_nothing_is_written_elsewhere(workspace: Path) -> None:
+    assert {path.name for path in workspace.iterdir()} == {"model.pt", "ckpt.pt", "run"}
+    suffixes = {path.name.split(".")[0] + path.suffix for path in (workspace / "run").iterdir()}
+    assert suffixes == {"last.pt", "summary.json", "events.0"}
+
+
+def test_stopped_and_resumed_equals_uninterrupted(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = load_policy("ckpt.pt")
+    assert meta_train([*TINY_META, "out=parts", "stop_after=1", "meta.report_tasks=0"]) == 0
+    assert load_policy("ckpt.pt").training["epochs"] == 1
+    out = capsys.readouterr().out
+    assert "1 epochs are left" in out and "resume=parts/last.pt" in out and "stop_after" not in out
+    assert meta_train([*TINY_META, "resume=parts/last.pt"]) == 0
+    assert_same_policy(load_policy("ckpt.pt"), whole)
+    assert_same(safe_load("parts/last.pt"), safe_load("run/last.pt"))
+    for tag in ("meta/loss", "meta/grad_norm", "meta/selection_loss"):
+        assert read_scalars("parts", tag) == read_scalars("run", tag), tag
+
+
+def test_interrupt_in_the_middle_of_an_unroll_loses_that_unroll_alone(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = load_policy("ckpt.pt")
+    earlier = (workspace / "ckpt.pt").read_bytes()
+    update, calls = MetaTrainer._update, 0
+
+    def interrupted(self: MetaTrainer, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt  # after the task was drawn, in the middle of the first epoch
+        update(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaTrainer, "_update", interrupted)
+        assert meta_train([*TINY_META, "out=parts"]) == 130
+    assert (workspace / "ckpt.pt").read_bytes() == earlier
+    err = capsys.readouterr().err
+    assert "saved parts/last.pt; go on with: python pretrain/meta_train.py" in err and "Traceback" not in err
+    saved = safe_load("parts/last.pt")["trainer"]["counters"]
+    assert (saved["epoch"], saved["unroll"], saved["updates"]) == (0, 1, 1)
+    assert meta_train([*TINY_META, "resume=parts/last.pt"]) == 0
+    assert_same_policy(load_policy("ckpt.pt"), whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(workspace: Path) -> None:
+    arguments = [*TINY_META, "meta.epochs=1000", "out=a run"]
+    script = str(ROOT / "pretrain/meta_train.py")
+    # A test that itself runs in the background hands down an ignored SIGINT.
+    start = (
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"sys.argv = [{script!r}, *sys.argv[1:]]; runpy.run_path({script!r}, run_name='__main__')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if line.startswith("Meta-training"):
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.stderr.close()
+    assert "Traceback" not in err
+    assert f"python pretrain/meta_train.py {' '.join(arguments[:-1])} 'out=a run' 'resume=a run/last.pt'" in err
+    assert safe_load("a run/last.pt")["trainer"]["counters"]["updates"] >= 1
+
+
+@pytest.mark.parametrize("setting", ["generator=step_sizes", "generator=published", "meta.loss=unsupervised"])
+def test_variants_run(workspace: Path, setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert meta_train([*TINY_META, "meta.epochs=1", "meta.unrolls=1", setting, "out=other"]) == 0
+    config = load_policy("ckpt.pt").training["config"]
+    found = config["loss"] if setting.startswith("meta.loss") else config["generator"]["variant"]
+    assert found == setting.partition("=")[2]
+    out = capsys.readouterr().out
+    assert "Adam at 0.01" in out
+    assert out.splitlines()[-1] == "Next: python adapt/online.py --policy ckpt.pt model.checkpoint=model.pt"
+
+
+def test_own_images_and_a_choice_of_them(workspace: Path) -> None:
+    import numpy
+
+    from metaopt.data import load_digits
+
+    numpy.save("clean.npy", load_digits().unlabeled.images.permute(0, 2, 3, 1).numpy())
+    few = [*TINY_META, "meta.epochs=1", "meta.unrolls=1", "meta.report_tasks=0", "out=own"]
+    assert meta_train([*few, "data=arrays", "source.images=clean.npy"]) == 0
+    summary = json.loads((workspace / "own/summary.json").read_text())
+    assert "report" not in summary and summary["config"]["tasks"]["flip"] is True
