@@ -11,7 +11,6 @@ from metaopt.inner_loop.unroll import UnrollConfig
 from metaopt.meta.loss import META_LOSSES
 from metaopt.meta.tasks import TaskConfig
 
-
 SCHEDULES = ("cosine", "constant")
 
 
@@ -25,6 +24,7 @@ class MetaTrainConfig:
     tasks: TaskConfig = field(default_factory=TaskConfig)
     unroll: UnrollConfig = field(default_factory=UnrollConfig)
     loss: str = "clean_teacher"
+    tempered: bool = True  # whether the clean teacher is compared at the best temperature
     backend: str = "func"
     steps: int = 8  # K, the longest unroll
     first_steps: int = 2  # K at the start of the curriculum

@@ -2,11 +2,15 @@
 
 ``clean_teacher`` (default)
     The shift was made by us, so the source model's prediction on the clean view of an image is a free target for the
-    adapted model's prediction on the shifted view: cross-entropy between the two.
+    adapted model's prediction on the shifted view: cross-entropy between the two. Where it is *tempered*, the adapted
+    logits are first divided by the temperature that fits them best: objectives that raise confidence would otherwise
+    pay for every larger step, although it is the ranking of the classes that decides the error. Temperature scaling is
+    that of Guo et al. (ICML 2017); at the best temperature its own derivative is zero, so it counts as a constant.
 ``unsupervised``
     The next batch's own inner objective, as published (MGG, arXiv 2412.16901).
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,16 +18,42 @@ from metaopt.errors import ConfigError
 from metaopt.inner_loop.unroll import MetaBatch, MetaLoss
 from metaopt.types import StepOutput
 
+TEMPERATURES = tuple(10 ** (exponent / 20) for exponent in range(-20, 21))  # 0.1 to 10
+
 
 class CleanTeacher:
-    """Cross-entropy of the predictions with the teacher's class probabilities."""
+    """Cross-entropy of the predictions with the teacher's class probabilities.
+
+    Args:
+        tempered: whether the predictions are taken at the temperature that fits the batch best.
+    """
 
     own_objective = False
+
+    def __init__(self, tempered: bool = False) -> None:
+        self.tempered = tempered
 
     def __call__(self, output: StepOutput, batch: MetaBatch) -> Tensor:
         """Mean over the batch, scalar."""
         assert batch.targets is not None
-        return functional.cross_entropy(output.logits, batch.targets)
+        logits = output.logits
+        if self.tempered:
+            logits = logits / best_temperature(logits, batch.targets)
+        return functional.cross_entropy(logits, batch.targets)
+
+
+def best_temperature(logits: Tensor, targets: Tensor) -> Tensor:
+    """The temperature among ``TEMPERATURES`` at which the predictions fit best, a constant scalar.
+
+    Args:
+        logits: (B, C).
+        targets: class probabilities, (B, C).
+    """
+    temperatures = logits.new_tensor(TEMPERATURES)
+    with torch.no_grad():
+        scaled = logits / temperatures.view(-1, 1, 1)  # (T, B, C)
+        losses = scaled.logsumexp(dim=2).mean(dim=1) - (targets * scaled).sum(dim=2).mean(dim=1)
+    return temperatures[losses.argmin()]
 
 
 class Unsupervised:
@@ -37,18 +67,15 @@ class Unsupervised:
         return output.loss
 
 
-META_LOSSES: dict[str, type[CleanTeacher] | type[Unsupervised]] = {
-    "clean_teacher": CleanTeacher,
-    "unsupervised": Unsupervised,
-}
+META_LOSSES = ("clean_teacher", "unsupervised")
 
 
-def build_meta_loss(name: str) -> MetaLoss:
-    """The meta-loss of that name.
+def build_meta_loss(name: str, tempered: bool = False) -> MetaLoss:
+    """The meta-loss of that name; ``tempered`` is for ``clean_teacher`` alone.
 
     Raises:
         ConfigError: there is none.
     """
     if name not in META_LOSSES:
         raise ConfigError(f"meta.loss is {name!r}; allowed are {', '.join(META_LOSSES)}: choose one")
-    return META_LOSSES[name]()
+    return CleanTeacher(tempered) if name == "clean_teacher" else Unsupervised()

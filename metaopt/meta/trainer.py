@@ -69,7 +69,7 @@ class MetaTrainer:
         self.monitor = monitor or Monitor(None)
         layout = adapted_layout(model)
         self.parameters = {name: tensor.detach() for name, tensor in layout.take(model).items()}
-        self.meta_loss = build_meta_loss(config.loss)
+        self.meta_loss = build_meta_loss(config.loss, config.tempered)
         shifts = shift_names(META) if shifts is None else shifts
         self.sampler = TaskSampler(images, shifts, config.tasks, self._teach)
         self.selection = held_out_tasks(self.sampler, config.selection_shifts, config.selection_tasks, config.steps)
@@ -252,7 +252,7 @@ class MetaTrainer:
     def _select(self) -> None:
         """Score the weights on held-out tasks, without labels, and keep the best."""
         counters = self.counters
-        score = CleanTeacher()
+        score = CleanTeacher(self.config.tempered)
         losses = [
             torch.stack(unrolled_loss(self.policy, self.model, self.parameters, task, score)).mean()
             for task in self.selection
