@@ -117,6 +117,7 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
         ),
         unroll=UnrollConfig(meta.gradient, meta.truncation, meta.term_steps),
         loss=meta.loss,
+        tempered=meta.tempered,
         backend=meta.backend,
         steps=meta.steps,
         first_steps=meta.first_steps,

@@ -125,6 +125,7 @@ class MetaSection:
     """How the policy is meta-trained; :mod:`metaopt.meta` explains the settings and checks the ranges."""
 
     loss: str
+    tempered: bool
     gradient: str
     backend: str
     steps: int

@@ -31,13 +31,13 @@ class MetaTrainConfig:
     curriculum: float = 0.5  # share of the epochs over which K grows
     update_every: int | None = None  # meta-update after so many steps of a running unroll; None: after the whole of it
     epochs: int = 10
-    unrolls: int = 16  # in an epoch
-    lr: float = 1e-2  # of the meta-optimizer, Adam
+    unrolls: int = 12  # in an epoch
+    lr: float = 3e-2  # of the meta-optimizer, Adam
     schedule: str = "cosine"  # of that rate: "cosine" falls to a tenth, "constant" stays
     clip_norm: float = 1.0  # largest norm of the meta-gradient
     shrinkage: float = 0.02  # weight of the mean square of the log step sizes
     selection_shifts: tuple[str, ...] = ("gamma", "posterise")
-    selection_tasks: int = 6
+    selection_tasks: int = 4
     select_best: bool = True  # keep the epoch that is best on the selection tasks; else the last one
     seed: int = 0
 
