@@ -61,7 +61,8 @@ class ParameterLayout:
 
     def take(self, model: nn.Module) -> Parameters:
         """The model's own tensors (not copies), by name."""
-        own = dict(model.named_parameters())
+        # Duplicates too: a tensor tied to another module's may go by that one's name first.
+        own = dict(model.named_parameters(remove_duplicate=False))
         return {name: own[name] for name in self.names}
 
     def to_list(self) -> list[dict[str, object]]:
@@ -129,8 +130,8 @@ def adapted_layout(model: nn.Module) -> ParameterLayout:
                 tensors.append(AdaptedTensor(full_name, f"{kind}.{role}", depth, tuple(tensor.shape)))
     if not tensors:
         raise ModelError(
-            f"{type(model).__name__} has no normalisation layer with a weight or bias, so nothing can adapt; allowed are "
-            "models with BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm or RMSNorm: use one of those"
+            f"{type(model).__name__} has no normalisation layer with a weight or bias, so nothing can adapt; allowed "
+            "are models with BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm or RMSNorm: use one of those"
         )
     return ParameterLayout(tuple(tensors))
 

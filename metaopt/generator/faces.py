@@ -5,11 +5,12 @@ from typing import Any
 
 import higher
 import torch
-import torchopt
 from higher.optim import DifferentiableOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torchopt import pytree as trees
+from torchopt.base import GradientTransformation
 
 from metaopt.errors import CheckpointError, ConfigError
 from metaopt.generator.mgg import GeneratorState, GradientGenerator
@@ -95,8 +96,8 @@ class MGGOptimizer(Optimizer):
         expected = [tuple(leaves[index].shape) for index in slots]
         if [tuple(tensor.shape) for tensor in tensors] != expected:
             raise CheckpointError(
-                f"the optimizer's state has {len(tensors)} tensors that do not fit; this generator over these parameters "
-                f"needs {len(expected)} of shapes {expected}: load the state into the optimizer it came from"
+                f"the optimizer's state has {len(tensors)} tensors that do not fit; this generator over these "
+                f"parameters needs {len(expected)} of shapes {expected}: load the state into the optimizer it came from"
             )
         for index, tensor in zip(slots, tensors, strict=True):
             leaves[index] = tensor.detach().to(leaves[index], copy=True)
@@ -110,8 +111,8 @@ class MGGOptimizer(Optimizer):
 class DifferentiableMGG(DifferentiableOptimizer):
     """The meta gradient generator as a higher ``DifferentiableOptimizer``; made by ``higher.get_diff_optim``.
 
-    The generator is an attribute and not a setting of the parameter groups, which higher copies deeply: its tensors keep
-    their identity, so that meta-gradients reach them.
+    The generator is an attribute and not a setting of the parameter groups, which higher copies deeply: its tensors
+    keep their identity, so that meta-gradients reach them.
     """
 
     def __init__(self, other: MGGOptimizer, *args: Any, **kwargs: Any) -> None:
@@ -137,10 +138,10 @@ class DifferentiableMGG(DifferentiableOptimizer):
             group["params"] = [tensor - next(remaining) * scale for tensor in group["params"]]
 
 
-higher.register_optim(MGGOptimizer, DifferentiableMGG)
+higher.register_optim(MGGOptimizer, DifferentiableMGG)  # pyright: ignore[reportArgumentType]: its annotation is wrong
 
 
-def gradient_transformation(rule: UpdateRule) -> torchopt.base.GradientTransformation:
+def gradient_transformation(rule: UpdateRule) -> GradientTransformation:
     """An update rule as a torchopt ``GradientTransformation``, for ``torchopt.chain`` and ``torchopt.MetaOptimizer``.
 
     Its updates are to be *added* to the parameters, as torchopt has it. A missing gradient counts as zero, which needs
@@ -150,32 +151,35 @@ def gradient_transformation(rule: UpdateRule) -> torchopt.base.GradientTransform
     """
 
     def init(params: Any) -> Any:
-        return rule.init(_by_name(params, torchopt.pytree.tree_leaves(params), rule))
+        leaves = trees.tree_leaves(params)
+        return rule.init(_in_rule_order(dict(zip(_leaf_names(params, leaves, rule), leaves, strict=True)), rule))
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
-        leaves, structure = torchopt.pytree.tree_flatten(updates, none_is_leaf=True)
+        leaves, structure = trees.tree_flatten(updates, none_is_leaf=True)
         if any(leaf is None for leaf in leaves):
             if params is None:
                 raise ConfigError("a gradient is None and no params were given; call update(..., params=params)")
-            like = torchopt.pytree.tree_leaves(params)
-            leaves = [torch.zeros_like(l) if leaf is None else leaf for leaf, l in zip(leaves, like, strict=True)]
-        named = _by_name(updates, leaves, rule)
+            like = trees.tree_leaves(params)
+            leaves = [torch.zeros_like(own) if leaf is None else leaf for leaf, own in zip(leaves, like, strict=True)]
+        names = _leaf_names(updates, leaves, rule)
+        named = _in_rule_order(dict(zip(names, leaves, strict=True)), rule)
         subtrahends, state = rule.update(named, state)
-        name_of = {id(tensor): name for name, tensor in named.items()}
-        moves = [-subtrahends[name_of[id(leaf)]] for leaf in leaves]
-        return torchopt.pytree.tree_unflatten(structure, moves), state
+        moves = [-subtrahends[name] for name in names]
+        return trees.tree_unflatten(structure, moves), state
 
-    return torchopt.base.GradientTransformation(init, update)
+    return GradientTransformation(init, update)
 
 
-def _by_name(tree: Any, leaves: Sequence[Tensor], rule: UpdateRule) -> Parameters:
-    """The leaves of a tree in the rule's order, which is not torchopt's: it sorts a dictionary by its keys."""
-    names = getattr(rule, "tensors", ())
-    if isinstance(tree, Mapping) and set(tree) == set(names):
-        paths = torchopt.pytree.tree_paths(tree, none_is_leaf=True)
-        own = {path[0]: leaf for path, leaf in zip(paths, leaves, strict=True)}
-        return {name: own[name] for name in names}
-    return named_parameters(leaves, rule)
+def _leaf_names(tree: Any, leaves: Sequence[Tensor], rule: UpdateRule) -> tuple[str, ...]:
+    """The rule's name for each leaf of a tree, in the tree's order: torchopt sorts a dictionary by its keys."""
+    if isinstance(tree, Mapping) and set(tree) == set(getattr(rule, "tensors", ())):
+        named: Any = tree
+        return tuple(str(path[0]) for path in trees.tree_paths(named, none_is_leaf=True))
+    return tuple(named_parameters(leaves, rule))
+
+
+def _in_rule_order(named: Parameters, rule: UpdateRule) -> Parameters:
+    return {name: named[name] for name in getattr(rule, "tensors", ()) or named}
 
 
 def named_parameters(tensors: Sequence[Tensor], rule: UpdateRule) -> Parameters:
@@ -187,8 +191,8 @@ def named_parameters(tensors: Sequence[Tensor], rule: UpdateRule) -> Parameters:
     names = getattr(rule, "tensors", ()) or tuple(str(position) for position in range(len(tensors)))
     if len(names) != len(tensors):
         raise ConfigError(
-            f"the generator has step sizes for {len(names)} tensors and got {len(tensors)}; give those tensors, or build "
-            "a generator without tensor names"
+            f"the generator has step sizes for {len(names)} tensors and got {len(tensors)}; give those tensors, or "
+            "build a generator without tensor names"
         )
     return dict(zip(names, tensors, strict=True))
 

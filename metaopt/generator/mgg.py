@@ -36,7 +36,7 @@ class GeneratorConfig:
     """Settings of a generator; ``lr`` is the base rate alpha, the rest as in the module's equations."""
 
     variant: str = "residual"
-    lr: float = 5e-3
+    lr: float = 1e-2
     hidden: int = 8
     clamp: float = 3.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -53,9 +53,9 @@ class GeneratorConfig:
             if not allowed:
                 raise ConfigError(f"generator.{name} is {value}; it must be positive and finite: set a positive value")
         if not self.clamp > 0:
-            raise ConfigError(f"generator.clamp is {self.clamp}; it must be positive, inf for no clamp: set for example 3")
+            raise ConfigError(f"generator.clamp is {self.clamp}; it must be positive (inf: no clamp): set 3, say")
         if self.hidden != int(self.hidden) or self.hidden < 1:
-            raise ConfigError(f"generator.hidden is {self.hidden}; it must be a whole number of at least 1: set for example 8")
+            raise ConfigError(f"generator.hidden is {self.hidden}; it must be a whole number of at least 1: set 8, say")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(
                 f"generator.betas is {self.betas}; it must be two numbers in [0, 1): use for example (0.9, 0.99)"

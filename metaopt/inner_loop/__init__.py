@@ -2,6 +2,7 @@
 
 from metaopt.inner_loop.backends import BACKENDS as BACKENDS
 from metaopt.inner_loop.backends import build_backend as build_backend
+from metaopt.inner_loop.evaluate import unrolled_loss as unrolled_loss
 from metaopt.inner_loop.func import FuncApply as FuncApply
 from metaopt.inner_loop.func import InPlaceApply as InPlaceApply
 from metaopt.inner_loop.func import gradients_of as gradients_of
@@ -10,4 +11,3 @@ from metaopt.inner_loop.unroll import MetaGradient as MetaGradient
 from metaopt.inner_loop.unroll import UnrollConfig as UnrollConfig
 from metaopt.inner_loop.unroll import learned_tensors as learned_tensors
 from metaopt.inner_loop.unroll import meta_gradient as meta_gradient
-from metaopt.inner_loop.unroll import unrolled_loss as unrolled_loss

@@ -13,7 +13,9 @@ from torch import Tensor
 from metaopt.types import Parameters, UpdateRule
 
 
-def gradients_of(loss: Tensor, parameters: Parameters, create_graph: bool = False, retain_graph: bool = False) -> Parameters:
+def gradients_of(
+    loss: Tensor, parameters: Parameters, create_graph: bool = False, retain_graph: bool = False
+) -> Parameters:
     """Gradient of a scalar in each parameter; zeros where the loss does not depend on it."""
     gradients = torch.autograd.grad(
         loss,
@@ -56,5 +58,6 @@ class InPlaceApply:
             return parameters, state
         with torch.no_grad():
             updates, state = self.rule.update(gradients, state)
-            torch._foreach_sub_(list(parameters.values()), list(updates.values()))
+            subtract = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
+            subtract(list(parameters.values()), list(updates.values()))
         return parameters, state

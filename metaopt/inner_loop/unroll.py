@@ -7,18 +7,18 @@ positions; its gradient in the learned tensors :math:`\varphi` is taken in one o
 ``full``
     differentiates through everything, second derivatives of the network included.
 ``first_order``
-    :math:`\sum_t \langle \nabla L_t(\theta_t), \partial\theta_t / \partial\varphi \rangle`, where the network's gradients
-    along the way count as constants. It is computed as the *full gradient of the linearised unroll*: a first pass adapts
-    as deployment does and notes, at each position, the gradients of the inner loss and of the meta-loss; a second pass
-    replays the rule alone on losses :math:`\langle g_t, \theta \rangle`, whose gradients are the noted ones. The network's
-    graph never outlives its own step, so memory does not grow with K.
+    :math:`\sum_t \langle \nabla L_t(\theta_t), \partial\theta_t / \partial\varphi \rangle`, where the network's
+    gradients along the way count as constants. It is computed as the *full gradient of the linearised unroll*: a first
+    pass adapts as deployment does and notes, at each position, the gradients of the inner loss and of the meta-loss; a
+    second pass replays the rule alone on losses :math:`\langle g_t, \theta \rangle`, whose gradients are the noted
+    ones. The network's graph never outlives its own step, so memory does not grow with K.
 
 Truncation cuts the graph every T steps: within ``full`` and ``first_order`` alike, position t then only answers for the
 steps since the last cut.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaopt.errors import ConfigError
-from metaopt.inner_loop.func import FuncApply, InPlaceApply, gradients_of
+from metaopt.inner_loop.func import FuncApply, gradients_of
 from metaopt.parameters import detached, flatten
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import PolicyState, detached_state
@@ -278,7 +278,7 @@ class _Unroll:
         with torch.no_grad():
             gradients = {name: torch.stack([w * each[name] for w, each in inner]).sum(dim=0) for name in leaves}
             updates, rule_state = self.policy.rule.update(gradients, state.rule)
-            return {name: leaf - updates[name] for name, leaf in leaves.items()}, PolicyState(rule_state)
+            return {name: leaf - updates[name] for name, leaf in leaves.items()}, replace(state, rule=rule_state)
 
     def _accumulate(self, total: Tensor) -> None:
         """Add the gradient of one segment's share of the mean meta-loss."""
@@ -288,26 +288,6 @@ class _Unroll:
         gradients = torch.autograd.grad(total / self.steps, tensors, allow_unused=True, materialize_grads=True)
         for name, gradient in zip(self.learned, gradients, strict=True):
             self.gradients[name] = self.gradients[name] + gradient
-
-
-def unrolled_loss(
-    policy: AdaptationPolicy, model: nn.Module, parameters: Parameters, batches: Iterable[MetaBatch], meta_loss: MetaLoss
-) -> list[Tensor]:
-    """Meta-loss at positions 1 to K of an unroll by deployment's in-place update: detached scalars, no meta-gradient.
-
-    Works for every method, those that never update included. ``parameters`` are not changed.
-    """
-    parameters = detached({name: tensor.clone() for name, tensor in parameters.items()})
-    with torch.no_grad():
-        state = policy.init(parameters)
-    apply = InPlaceApply(policy.rule) if policy.rule is not None else None
-    losses: list[Tensor] = []
-    for position, batch in enumerate(batches):
-        with torch.set_grad_enabled(policy.updates):
-            parameters, state, output = policy.step(model, parameters, state, batch.images, apply)
-        if position > 0:
-            losses.append(meta_loss(output, batch).detach())
-    return losses
 
 
 def _inner_product(left: Parameters, right: Parameters) -> Tensor:

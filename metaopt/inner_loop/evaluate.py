@@ -1,0 +1,36 @@
+"""The meta-loss of a policy as it is deployed: what held-out tasks are scored by."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.inner_loop.func import InPlaceApply
+from metaopt.inner_loop.unroll import MetaBatch, MetaLoss
+from metaopt.parameters import detached
+from metaopt.policy.policy import AdaptationPolicy
+from metaopt.types import Parameters
+
+
+def unrolled_loss(
+    policy: AdaptationPolicy,
+    model: nn.Module,
+    parameters: Parameters,
+    batches: Iterable[MetaBatch],
+    meta_loss: MetaLoss,
+) -> list[Tensor]:
+    """Meta-loss at positions 1 to K of an unroll by deployment's in-place update: detached scalars, no meta-gradient.
+
+    Works for every method, those that never update included. ``parameters`` are not changed.
+    """
+    parameters = detached({name: tensor.clone() for name, tensor in parameters.items()})
+    with torch.no_grad():
+        state = policy.init(parameters)
+    apply = InPlaceApply(policy.rule) if policy.rule is not None else None
+    losses: list[Tensor] = []
+    for position, batch in enumerate(batches):
+        with torch.set_grad_enabled(policy.updates):
+            parameters, state, output = policy.step(model, parameters, state, batch.images, apply)
+        if position > 0:
+            losses.append(meta_loss(output, batch).detach())
+    return losses

@@ -1,0 +1,77 @@
+"""The unroll is what deployment does, and deployment does not mind where its stream is cut."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from metaopt.generator import UPDATE_RULES, VARIANTS
+from metaopt.inner_loop import FuncApply, UnrollConfig, meta_gradient, unrolled_loss
+from metaopt.models import SourceModel
+from metaopt.objectives import WeightedObjective
+from metaopt.online import OnlineAdapter
+from metaopt.policy import AdaptationPolicy
+from metaopt.policy.state import state_to_list
+from metaopt.types import UpdateRule
+
+from .cases import GRADIENTS, LR, MODELS, TeacherLoss, images, policy_for, start, task, tiny_resnet
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_unroll_is_deployment(model: str, variant: str) -> None:
+    network: SourceModel = MODELS[model]()
+    policy, batches = policy_for(network, variant), task(6)
+    assert policy.rule is not None
+    adapter = OnlineAdapter(MODELS[model](), policy)
+    apply = FuncApply(policy.rule)
+    parameters = {name: tensor.requires_grad_() for name, tensor in start(network).items()}
+    state = policy.init(parameters)
+    for batch in batches[:-1]:
+        parameters, state, output = policy.step(network, parameters, state, batch.images, apply)
+        seen = adapter.step(batch.images)
+        torch.testing.assert_close(seen.logits, output.logits, rtol=0.0, atol=1e-12)
+        for name, tensor in parameters.items():
+            torch.testing.assert_close(adapter.parameters[name].detach(), tensor.detach(), rtol=0.0, atol=1e-12)
+    for gradient in GRADIENTS:
+        taken = meta_gradient(
+            policy, network, start(network), None, batches, TeacherLoss(), config=UnrollConfig(gradient)
+        )
+        plain = unrolled_loss(policy, network, start(network), batches, TeacherLoss())
+        torch.testing.assert_close(torch.stack(taken.losses), torch.stack(plain), rtol=0.0, atol=1e-12)
+        for name, tensor in taken.parameters.items():
+            torch.testing.assert_close(tensor.detach(), adapter.parameters[name].detach(), rtol=0.0, atol=1e-12)
+
+
+def with_rule(rule: UpdateRule) -> AdaptationPolicy:
+    if isinstance(rule, torch.nn.Module):
+        with torch.no_grad():
+            for tensor in rule.parameters():
+                tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())))
+    objective = WeightedObjective({"slr": 1.0, "diversity": 1.0})
+    return AdaptationPolicy("method", objective=objective, rule=rule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rule", UPDATE_RULES)
+def test_a_stream_may_be_cut_anywhere(rule: str, dtype: torch.dtype, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    policy = with_rule(UPDATE_RULES[rule](lr=LR))
+    stream = [images(seed, batch=6 if seed < 4 else 3).to(dtype) for seed in range(5)]
+    straight = OnlineAdapter(tiny_resnet(dtype=dtype), policy)
+    logits = [straight(batch) for batch in stream]
+    for cut in (0, 1, 3):
+        before = OnlineAdapter(tiny_resnet(dtype=dtype), policy)
+        for batch in stream[:cut]:
+            before(batch)
+        before.save(tmp_path / "adapter.pt")
+        after = OnlineAdapter(tiny_resnet(dtype=dtype), policy)
+        after(stream[-1])  # what it has seen so far must not matter
+        after.load(tmp_path / "adapter.pt")
+        for batch, expected in zip(stream[cut:], logits[cut:], strict=True):
+            assert torch.equal(after(batch), expected)
+        assert after.steps == straight.steps
+        for name, tensor in straight.parameters.items():
+            assert torch.equal(after.parameters[name], tensor)
+        kept = zip(state_to_list(after.state), state_to_list(straight.state), strict=True)
+        assert all(torch.equal(one, other) for one, other in kept)
