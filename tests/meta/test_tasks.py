@@ -210,7 +210,7 @@ def test_refusals() -> None:
         ({"clean_view": "both"}, "meta.clean_view is 'both'; allowed are cached, augmented"),
     ):
         with pytest.raises(ConfigError, match=message):
-            TaskConfig(**change)
+            TaskConfig(**change)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"meta\.shifts is empty"):
         TaskSampler(random_images(4), [], PLAIN)
     with pytest.raises(DataError, match="unknown corruption 'gausian_blur': did you mean 'gaussian_blur'"):
@@ -229,3 +229,16 @@ def test_losses() -> None:
     assert not CleanTeacher.own_objective and Unsupervised.own_objective
     with pytest.raises(ConfigError, match=r"meta\.loss is 'labels'; allowed are clean_teacher, unsupervised"):
         build_meta_loss("labels")
+
+
+def test_a_tempered_teacher_asks_for_the_ranking_not_for_confidence() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(40, 5, dtype=torch.float64)
+    batch = MetaBatch(torch.zeros(40, 3, 2, 2), logits.softmax(dim=1))
+    for factor in (0.25, 1.0, 4.0):
+        output = StepOutput(factor * logits)
+        assert float(CleanTeacher(tempered=True)(output, batch)) == pytest.approx(
+            float(CleanTeacher()(StepOutput(logits), batch)), rel=1e-3
+        )
+    sharper = StepOutput(4.0 * logits)
+    assert float(CleanTeacher()(sharper, batch)) > float(CleanTeacher(tempered=True)(sharper, batch)) + 0.1

@@ -166,7 +166,7 @@ def test_a_running_unroll_is_one_unroll_in_windows(length: int, monkeypatch: pyt
 
 
 def test_the_published_composition_runs() -> None:
-    """One-step truncated and first order, the meta-loss the next batch's own objective, batch 2, steps in the hundreds."""
+    """One-step truncated and first order, the meta-loss the next batch's own objective, batch 2, 64 steps."""
     trainer = trainer_with(
         generator=GeneratorConfig(variant="published", lr=1e-4),
         objective={"entropy": 1.0, "discrepancy": 0.4},
