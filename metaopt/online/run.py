@@ -110,12 +110,14 @@ def run_stream(
 
     Raises:
         ConfigError: an unknown setting.
-        DataError: the stream is empty.
+        DataError: the stream is empty, or the batch size is below 1.
     """
     if setting not in SETTINGS:
         raise ConfigError(f"setting is {setting!r}; allowed are {', '.join(SETTINGS)}: choose one")
     if not stream:
         raise DataError("the stream has 0 domains; at least one is needed: name data.corruptions")
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}: at least 1 image a batch is needed; raise it")
     run = _Run(adapter, monitor or Monitor(None), torch.device(device), _batch_count(stream, batch_size))
     adapter.reset()
     for domain in stream:
@@ -155,7 +157,7 @@ class _Run:
         self.loss: Tensor | None = None
 
     def step(self, batch: Batch) -> Tensor:
-        """Predict and adapt; the first batch of each new shape is metered instead of timed."""
+        """Predict and adapt; the first batch of a new largest size is metered, not timed, and a short one is neither."""
         shape = tuple(batch.images.shape)
         largest = self.metered_shape is None or shape[0] > self.metered_shape[0]
         if largest:
@@ -165,10 +167,12 @@ class _Run:
                 output = self.adapter.step(batch.images)
             self.held_mib = max(self.held_mib, meter.peak_mib)
             self.cuda_peak_mib = meter.cuda_peak_mib
+        elif shape != self.metered_shape:
+            output = self.adapter.step(batch.images)
         else:
             with self.watch.step():
                 output = self.adapter.step(batch.images)
-            if shape == self.metered_shape and self.steps % self.forward_every == 0:
+            if self.steps % self.forward_every == 0:
                 with self.watch.forward():
                     self.adapter.model(batch.images)
         self.steps += 1

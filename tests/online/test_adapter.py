@@ -1,0 +1,305 @@
+"""The adapter: predicts, adapts, goes back, holds still, is saved, and leaves its source alone."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metaopt.errors import CheckpointError, DataError, ModelError, OutputError
+from metaopt.generator import VARIANTS
+from metaopt.models import SourceModel
+from metaopt.online import OnlineAdapter
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+
+from ..tiny import random_images, tiny_model, tiny_net, tiny_policy
+
+BATCHES = [random_images(8, seed) for seed in range(8)]
+UPDATING: dict[str, Callable[[], AdaptationPolicy]] = {
+    "tent": lambda: build_method(MethodConfig("tent", update="adam", lr=1e-2, objective={"entropy": 1.0})),
+    "sgd": lambda: build_method(MethodConfig("sgd", update="sgd", lr=1e-2, objective={"slr": 1.0, "diversity": 1.0})),
+    **{variant: lambda variant=variant: tiny_policy(tiny_model(), variant) for variant in VARIANTS},
+}
+METHODS = {
+    "source": lambda: build_method(MethodConfig("source", batch_statistics=False)),
+    "bn": lambda: build_method(MethodConfig("bn")),
+    **UPDATING,
+}
+
+
+def new_adapter(method: str) -> OnlineAdapter:
+    return OnlineAdapter(tiny_model(), METHODS[method]())
+
+
+def run(adapter: OnlineAdapter, batches: list[Tensor] = BATCHES) -> list[Tensor]:
+    return [adapter(images) for images in batches]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reset_brings_everything_back(method: str) -> None:
+    adapter, fresh = new_adapter(method), new_adapter(method)
+    first = run(adapter)
+    adapter(BATCHES[0] * float("nan"))
+    adapter.reset()
+    assert adapter.steps == adapter.updates == 0
+    assert adapter.guard.events == {"nonfinite": 0}
+    assert same(run(adapter), first) and same(run(fresh), first)
+    assert same(list(adapter.parameters.values()), list(fresh.parameters.values()))
+    assert adapter.updates == (8 if method in UPDATING else 0) and adapter.steps == 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_source_model_never_changes(method: str) -> None:
+    model = tiny_model()
+    before, constants = bits(model), (model.mean.clone(), model.std.clone())
+    adapter = OnlineAdapter(model, METHODS[method]())
+    run(adapter)
+    adapter(BATCHES[0] * float("nan"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model.mean, constants[0]) and torch.equal(model.std, constants[1])
+    assert all(tensor.grad is None for tensor in model.parameters())
+    assert not any(tensor.requires_grad for tensor in model.parameters())
+
+
+@pytest.mark.parametrize("method", UPDATING)
+def test_it_adapts(method: str) -> None:
+    adapter = new_adapter(method)
+    assert not torch.equal(adapter(BATCHES[0]), adapter(BATCHES[0]))
+
+
+@pytest.mark.parametrize("method", UPDATING)
+def test_logits_are_those_before_the_update(method: str) -> None:
+    adapter = new_adapter(method)
+    run(adapter, BATCHES[:3])
+    with adapter.frozen():
+        expected = adapter(BATCHES[3])
+    assert torch.equal(adapter(BATCHES[3]), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_changes_nothing(method: str) -> None:
+    adapter, undisturbed = new_adapter(method), new_adapter(method)
+    run(adapter, BATCHES[:3])
+    run(undisturbed, BATCHES[:3])
+    counts = adapter.steps, adapter.updates
+    with adapter.frozen() as inner:
+        assert inner is adapter
+        first = adapter(BATCHES[5])
+        with adapter.frozen():
+            assert torch.equal(adapter(BATCHES[5]), first)
+        assert torch.equal(adapter(BATCHES[5]), first)  # leaving the inner context does not thaw the outer one
+        assert not first.requires_grad
+    assert (adapter.steps, adapter.updates) == counts
+    assert same(run(adapter, BATCHES[3:]), run(undisturbed, BATCHES[3:]))
+
+
+def test_frozen_ends_with_an_error_too() -> None:
+    adapter = new_adapter("tent")
+    with pytest.raises(RuntimeError, match="inside"), adapter.frozen():
+        raise RuntimeError("inside")
+    adapter(BATCHES[0])
+    assert adapter.updates == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_export_is_the_adapted_model(method: str) -> None:
+    adapter = new_adapter(method)
+    run(adapter)
+    plain = tiny_net(seed=3)
+    plain.load_state_dict(adapter.export(), strict=True)
+    plain.train(adapter.policy.batch_statistics)
+    with adapter.frozen():
+        torch.testing.assert_close(plain(BATCHES[2]).detach(), adapter(BATCHES[2]), rtol=1e-5, atol=1e-5)
+    changed = [
+        name for name, tensor in adapter.export().items() if not torch.equal(tensor, tiny_net().state_dict()[name])
+    ]
+    assert changed == (["bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"] if method in UPDATING else [])
+
+
+def test_the_export_is_a_copy() -> None:
+    adapter, undisturbed = new_adapter("tent"), new_adapter("tent")
+    for tensor in adapter.export().values():
+        tensor.zero_()
+    assert same(run(adapter), run(undisturbed))
+
+
+def test_a_layer_used_twice_adapts_and_is_exported_under_both_names() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.mix, self.second = nn.Conv2d(4, 4, 3), self.first
+            self.linear = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.second(self.mix(self.first(self.conv(x)).relu()))
+            return self.linear(x.mean(dim=(2, 3)))
+
+    torch.manual_seed(0)
+    net = Twice().eval()
+    fresh = copy.deepcopy(net)
+    adapter = OnlineAdapter(net, METHODS["tent"]())
+    run(adapter)
+    fresh.load_state_dict(adapter.export(), strict=True)
+    assert torch.equal(adapter.export()["first.weight"], adapter.export()["second.weight"])
+    with adapter.frozen():
+        torch.testing.assert_close(fresh.train()(BATCHES[1]).detach(), adapter(BATCHES[1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", UPDATING)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_batch_that_is_not_finite_is_counted_and_skipped(method: str, value: float) -> None:
+    adapter, undisturbed = new_adapter(method), new_adapter(method)
+    run(adapter, BATCHES[:3])
+    run(undisturbed, BATCHES[:3])
+    spoiled = BATCHES[3].clone()
+    spoiled[2, 1, 4, 4] = value
+    before = {name: tensor.clone() for name, tensor in adapter.parameters.items()}
+    adapter(spoiled)
+    assert adapter.guard.events == {"nonfinite": 1}
+    assert (adapter.steps, adapter.updates) == (4, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.parameters.items())
+    assert same(run(adapter, BATCHES[4:]), run(undisturbed, BATCHES[4:]))
+
+
+def test_a_gradient_whose_square_overflows_is_refused() -> None:
+    """It would stay in the second moments as infinity, and turn into NaN at the next batch."""
+    adapter = new_adapter("tent")
+    run(adapter, BATCHES[:2])
+    images, policy = BATCHES[2], adapter.policy
+    assert policy.objective is not None
+    policy.objective.log_weights.data.fill_(50.0)  # times 5e21: the gradient is finite, its square is not
+    adapter(images)
+    policy.objective.log_weights.data.fill_(0.0)
+    assert adapter.guard.events == {"nonfinite": 1}
+    run(adapter, BATCHES[3:])
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in adapter.parameters.values())
+    assert adapter.updates == 7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_and_loaded_in_mid_stream_is_unbroken(method: str, tmp_path: Path) -> None:
+    whole, first, second = (new_adapter(method) for _ in range(3))
+    expected = run(whole)
+    logits = run(first, BATCHES[:3])
+    first(BATCHES[0] * float("nan"))
+    first.save(tmp_path / "stream.pt")
+    run(second, BATCHES[5:])  # whatever it has done before is forgotten
+    second.load(tmp_path / "stream.pt")
+    assert (second.steps, second.updates) == (first.steps, first.updates)
+    assert second.guard.events == first.guard.events
+    assert same(logits + run(second, BATCHES[3:]), expected)
+    assert same(list(second.parameters.values()), list(whole.parameters.values()))
+    torch.load(tmp_path / "stream.pt", weights_only=True)
+
+
+def test_reset_after_a_load_is_the_source(tmp_path: Path) -> None:
+    adapter = new_adapter("residual")
+    expected = run(adapter)
+    adapter.save(tmp_path / "stream.pt")
+    adapter.load(tmp_path / "stream.pt")
+    adapter.reset()
+    assert same(run(adapter), expected)
+
+
+def test_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    adapter, undisturbed = new_adapter("residual"), new_adapter("residual")
+    run(adapter, BATCHES[:2])
+    run(undisturbed, BATCHES[:2])
+    wide = SourceModel(type(tiny_net())(width=6))
+    tent = METHODS["tent"]()
+    cases: dict[str, tuple[OnlineAdapter, str]] = {
+        "method.pt": (new_adapter("tent"), "it is of method 'tent', not 'policy'"),
+        "rule.pt": (new_adapter("step_sizes"), "another rule"),
+        "shapes.pt": (OnlineAdapter(wide, tent), "its parameters are of another model"),
+        "weights.pt": (OnlineAdapter(tiny_model(seed=1), tiny_policy(tiny_model(seed=1))), "other weights"),
+    }
+    for name, (other, message) in cases.items():
+        other.save(tmp_path / name)
+        with pytest.raises(CheckpointError, match=message):
+            adapter.load(tmp_path / name)
+    tiny_policy(tiny_model()).save(tmp_path / "policy.pt")
+    (tmp_path / "garbage.pt").write_bytes(b"garbage")
+    for name, message in (("policy.pt", "holds no online"), ("garbage.pt", "no readable"), ("missing.pt", "no file")):
+        with pytest.raises(CheckpointError, match=message):
+            adapter.load(tmp_path / name)
+    assert same(run(adapter, BATCHES[2:]), run(undisturbed, BATCHES[2:]))
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    adapter = new_adapter("residual")
+    adapter.save(tmp_path / "good.pt")
+    values: dict[str, Any] = torch.load(tmp_path / "good.pt", weights_only=True)
+    for key in values:
+        torch.save({name: value for name, value in values.items() if name != key}, tmp_path / "bad.pt")
+        with pytest.raises(CheckpointError):
+            adapter.load(tmp_path / "bad.pt")
+        torch.save({**values, key: None}, tmp_path / "bad.pt")
+        with pytest.raises(CheckpointError):
+            adapter.load(tmp_path / "bad.pt")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        adapter.save(tmp_path / "file" / "stream.pt")
+
+
+def test_one_policy_serves_models_of_several_types() -> None:
+    policy = tiny_policy(tiny_model())
+    policy.source = None  # as a method that was never tied to a model
+    single = OnlineAdapter(tiny_model(), policy)
+    expected = run(OnlineAdapter(tiny_model(), copy.deepcopy(policy)))
+    double = OnlineAdapter(tiny_model(dtype=torch.float64), policy)
+    assert double(BATCHES[0].double()).dtype == torch.float64
+    assert same(run(single), expected)
+    assert next(policy.parameters()).dtype == torch.float32
+
+
+def test_two_adapters_of_one_policy_do_not_meet() -> None:
+    policy, model = METHODS["residual"](), tiny_model()
+    first, second = OnlineAdapter(model, policy), OnlineAdapter(model, policy)
+    expected = run(new_adapter("residual"))
+    mixed = [(first(images), second(images)) for images in BATCHES]
+    assert same([a for a, _ in mixed], expected) and same([b for _, b in mixed], expected)
+
+
+def test_a_step_tells_its_loss_and_terms() -> None:
+    output = new_adapter("residual").step(BATCHES[0])
+    assert output.loss is not None and not output.loss.requires_grad
+    assert set(output.terms) == {"slr", "diversity", "discrepancy"}
+    assert not any(term.requires_grad for term in output.terms.values())
+    assert new_adapter("bn").step(BATCHES[0]).loss is None
+
+
+def test_it_adapts_under_no_grad_too() -> None:
+    expected = run(new_adapter("residual"))
+    adapter = new_adapter("residual")
+    with torch.no_grad():
+        assert same(run(adapter), expected)
+
+
+def test_bad_models_and_images_are_refused() -> None:
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+    with pytest.raises(ModelError, match="no normalisation layer"):
+        OnlineAdapter(bare, METHODS["bn"]())
+    with pytest.raises(DataError, match="shape"):
+        new_adapter("tent")(torch.rand(4, 1, 16, 16))
+
+
+def test_memory_of_the_past_is_not_kept() -> None:
+    """No graph links one step to the next: the state is made of leaves."""
+    adapter = new_adapter("residual")
+    run(adapter, BATCHES[:3])
+    for leaf in pytree.tree_leaves(adapter.state.rule):
+        assert not isinstance(leaf, Tensor) or (leaf.grad_fn is None and not leaf.requires_grad)
+    assert all(tensor.is_leaf for tensor in adapter.parameters.values())

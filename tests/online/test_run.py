@@ -1,0 +1,264 @@
+"""Runs over streams: what is scored, counted and measured, by independent recomputation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metaopt.data import Batch, Domain, ImageSet, Stream, batches, to_bytes
+from metaopt.errors import ConfigError, DataError
+from metaopt.measure import Monitor, read_scalars
+from metaopt.online import OnlineAdapter, RunReport, run_stream
+from metaopt.online import run as module
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+
+from ..tiny import random_images, tiny_model, tiny_net, tiny_policy
+
+METHODS: dict[str, Callable[[], AdaptationPolicy]] = {
+    "source": lambda: build_method(MethodConfig("source", batch_statistics=False)),
+    "bn": lambda: build_method(MethodConfig("bn")),
+    "tent": lambda: build_method(MethodConfig("tent", update="adam", lr=3e-2, objective={"entropy": 1.0})),
+    "policy": lambda: tiny_policy(tiny_model()),
+}
+UPDATING = ("tent", "policy")
+SIZES = (40, 27)
+
+
+def domain(name: str, size: int, seed: int, labelled: bool = True) -> Domain:
+    images = to_bytes(random_images(size, seed))
+    labels = tiny_model(seed=9)(images / 255).logits.argmax(dim=1) if labelled else None
+    return Domain(name, 5.0, size, lambda: ImageSet(images, labels))
+
+
+def two_domains(labelled: bool = True) -> Stream:
+    return tuple(domain(name, size, seed, labelled) for seed, (name, size) in enumerate(zip("ab", SIZES, strict=True)))
+
+
+def new_adapter(method: str) -> OnlineAdapter:
+    return OnlineAdapter(tiny_model(), METHODS[method]())
+
+
+def scored(report: RunReport) -> dict[str, Any]:
+    """What does not depend on the clock."""
+    return {key: value for key, value in report.summary().items() if "_ms" not in key and key != "ratio_to_forward"}
+
+
+def by_hand(method: str, setting: str, seed: int = 0) -> tuple[list[float], list[list[float]], Tensor]:
+    """Errors of each domain, the same after each batch, and all logits: a loop of its own."""
+    adapter, errors, curves, logits = new_adapter(method), [], [], []
+    for part in two_domains():
+        if setting == "reset":
+            adapter = new_adapter(method)
+        wrong = seen = 0
+        curves.append([])
+        for batch in batches(part, 16, seed=seed):
+            logits.append(adapter(batch.images))
+            assert batch.labels is not None
+            wrong += int((logits[-1].argmax(dim=1) != batch.labels).sum())
+            seen += len(batch.labels)
+            curves[-1].append(100 * wrong / seen)
+        errors.append(100 * wrong / seen)
+    return errors, curves, torch.cat(logits)
+
+
+@pytest.mark.parametrize("setting", ["reset", "continual"])
+@pytest.mark.parametrize("method", METHODS)
+def test_errors_are_those_of_a_loop_by_hand(method: str, setting: str) -> None:
+    logits: list[Tensor] = []
+    report = run_stream(
+        new_adapter(method),
+        two_domains(),
+        setting=setting,
+        batch_size=16,
+        on_batch=lambda name, severity, batch, output: logits.append(output),
+    )
+    errors, curves, expected = by_hand(method, setting)
+    assert torch.equal(torch.cat(logits), expected)
+    assert [row.error for row in report.domains] == pytest.approx(errors, abs=1e-4)
+    assert [row.cumulative_error for row in report.domains] == [pytest.approx(curve, abs=1e-4) for curve in curves]
+    assert report.mean_error == pytest.approx(sum(errors) / 2, abs=1e-4)
+    assert report.updates == (5 if method in UPDATING else 0)  # 3 + 2 batches, counted across resets
+    assert report.guard_events == {"nonfinite": 0}
+
+
+@pytest.mark.parametrize("method", UPDATING)
+def test_settings_differ_from_the_second_domain_on(method: str) -> None:
+    reset, continual = (by_hand(method, setting)[2] for setting in ("reset", "continual"))
+    assert torch.equal(reset[:40], continual[:40])
+    assert not torch.equal(reset[40:], continual[40:])
+
+
+def test_the_summary_has_the_promised_fields() -> None:
+    report = run_stream(new_adapter("tent"), two_domains(), batch_size=16)
+    summary = report.summary()
+    promised = (
+        "images mean_error mean_ece held_mib step_ms_p50 step_ms_p99 forward_ms_p50 ratio_to_forward updates "
+        "guard_events domains"
+    )
+    assert set(promised.split()) <= set(summary)
+    assert summary["images"] == sum(SIZES)
+    assert [set(row) for row in summary["domains"]] == [{"name", "severity", "images", "error", "ece"}] * 2
+    assert [(row["name"], row["severity"], row["images"]) for row in summary["domains"]] == [
+        ("a", 5.0, 40),
+        ("b", 5.0, 27),
+    ]
+    assert summary["mean_ece"] == pytest.approx(sum(row["ece"] for row in summary["domains"]) / 2)
+    assert 0 <= summary["mean_ece"] <= 100
+
+
+def test_every_method_meets_the_images_in_the_same_order_and_all_of_them() -> None:
+    orders = {}
+    for method in METHODS:
+        met: list[tuple[str, list[int]]] = []
+
+        def note(name: str, severity: float, batch: Batch, logits: Tensor, met: Any = met) -> None:
+            met.append((name, batch.index.tolist()))
+            assert len(logits) == len(batch.index)
+
+        run_stream(new_adapter(method), two_domains(), batch_size=16, on_batch=note)
+        orders[method] = met
+    assert all(order == orders["source"] for order in orders.values())
+    assert [len(index) for _, index in orders["source"]] == [16, 16, 8, 16, 11]  # the short last batches too
+    for name, size in zip("ab", SIZES, strict=True):
+        seen = [position for row, index in orders["source"] if row == name for position in index]
+        assert sorted(seen) == list(range(size)) and seen != list(range(size))
+
+
+def test_another_seed_is_another_order() -> None:
+    met: list[list[int]] = []
+    for seed in (0, 1, 0):
+        first: list[list[int]] = []
+        run_stream(
+            new_adapter("bn"),
+            two_domains(),
+            seed=seed,
+            on_batch=lambda name, severity, batch, logits, first=first: first.append(batch.index.tolist()),
+        )
+        met.append(first[0])
+    assert met[0] == met[2] != met[1]
+
+
+def test_without_labels_nothing_is_scored_and_all_else_is() -> None:
+    unlabeled = run_stream(new_adapter("tent"), two_domains(labelled=False), batch_size=16)
+    assert [row.error for row in unlabeled.domains] == [row.ece for row in unlabeled.domains] == [None, None]
+    assert unlabeled.mean_error is None and unlabeled.mean_ece is None
+    assert unlabeled.images == sum(SIZES) and unlabeled.updates == 5
+    assert unlabeled.held_mib > 0
+
+
+def test_labels_play_no_part_in_adapting() -> None:
+    outputs: list[Tensor] = []
+    for labelled in (True, False):
+        logits: list[Tensor] = []
+        run_stream(
+            new_adapter("policy"),
+            two_domains(labelled),
+            on_batch=lambda name, severity, batch, output, logits=logits: logits.append(output),
+        )
+        outputs.append(torch.cat(logits))
+    assert torch.equal(*outputs)
+
+
+def test_held_memory_is_that_of_the_largest_step() -> None:
+    held = {method: run_stream(new_adapter(method), two_domains(), batch_size=16).held_mib for method in METHODS}
+    assert held["source"] == held["bn"] == 0
+    assert held["tent"] > 0 and held["policy"] > 0
+    small, large = (run_stream(new_adapter("tent"), two_domains(), batch_size=size).held_mib for size in (8, 16))
+    assert large == pytest.approx(2 * small, rel=0.05)
+    parts = two_domains()
+    assert run_stream(new_adapter("tent"), parts[::-1], batch_size=40).held_mib == pytest.approx(
+        run_stream(new_adapter("tent"), parts, batch_size=40).held_mib, rel=0.01
+    )  # the larger batch may come second
+
+
+def test_state_memory_is_measured() -> None:
+    floats = tiny_net().bn1.num_features * 2 * 3  # bn2 is twice as wide
+    state = {method: run_stream(new_adapter(method), two_domains()).state_mib for method in METHODS}
+    assert state["source"] == state["bn"] == 0
+    assert state["tent"] * 2**20 == 2 * 4 * floats + 8
+    assert state["policy"] * 2**20 == 74 * 4 * floats + 8
+
+
+def test_times_are_of_steps_and_of_plain_forward_passes() -> None:
+    report = run_stream(new_adapter("tent"), two_domains(), batch_size=8)
+    assert report.step_ms_p50 and report.step_ms_p99 and report.forward_ms_p50 and report.ratio_to_forward
+    assert report.step_ms_p99 >= report.step_ms_p50 > 0
+    assert report.ratio_to_forward == pytest.approx(report.step_ms_p50 / report.forward_ms_p50)
+
+
+def test_short_batches_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are compared with forward passes of the same size."""
+    adapter = new_adapter("bn")
+    sizes: list[int] = []
+    step = adapter.step
+
+    class Watch(module.Stopwatch):
+        def step(self):
+            sizes.append(0)
+            return super().step()
+
+    adapter.step = lambda images: (sizes.append(len(images)), step(images))[1]  # type: ignore[method-assign]
+    monkeypatch.setattr(module, "Stopwatch", Watch)
+    run_stream(adapter, two_domains(), batch_size=16)
+    assert sizes == [16, 0, 16, 8, 0, 16, 11]
+
+
+def test_two_runs_in_one_process_are_fresh_ones() -> None:
+    for method in METHODS:
+        adapter = new_adapter(method)
+        first = run_stream(adapter, two_domains(), setting="continual", batch_size=16)
+        second = run_stream(adapter, two_domains(), setting="continual", batch_size=16)
+        fresh = run_stream(new_adapter(method), two_domains(), setting="continual", batch_size=16)
+        assert scored(first) == scored(second) == scored(fresh)
+
+
+@pytest.mark.parametrize("setting", ["reset", "continual"])
+def test_guard_events_are_counted_across_domains(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiling(part: Domain, *args: Any, **kwargs: Any) -> Any:
+        for position, batch in enumerate(batches(part, *args, **kwargs)):
+            images = batch.images * float("nan") if position == 1 else batch.images
+            yield Batch(images, batch.labels, batch.index)
+
+    monkeypatch.setattr(module, "batches", spoiling)
+    report = run_stream(new_adapter("policy"), two_domains(), setting=setting, batch_size=16)
+    assert report.guard_events == {"nonfinite": 2}
+    assert report.updates == 3
+
+
+def test_double_precision_end_to_end() -> None:
+    def adapter() -> OnlineAdapter:
+        model = tiny_model(dtype=torch.float64)
+        return OnlineAdapter(model, tiny_policy(model))
+
+    outputs: list[Tensor] = []
+    report = run_stream(adapter(), two_domains(), on_batch=lambda name, severity, batch, out: outputs.append(out))
+    assert {output.dtype for output in outputs} == {torch.float64}
+    assert report.mean_error is not None
+    single = run_stream(new_adapter("policy"), two_domains())
+    assert abs(report.mean_error - (single.mean_error or 0)) < 5
+
+
+def test_curves_are_written_and_read_back(tmp_path: Path) -> None:
+    with Monitor(tmp_path) as monitor:
+        report = run_stream(new_adapter("tent"), two_domains(), batch_size=16, monitor=monitor)
+    error = read_scalars(tmp_path, "online/error")
+    assert [step for step, _ in error] == [1, 2, 3, 4, 5]
+    expected = [value for row in report.domains for value in row.cumulative_error]
+    assert [value for _, value in error] == pytest.approx(expected, rel=1e-5)
+    for tag in ("entropy", "activation_mib", "loss", "guard/nonfinite"):
+        assert len(read_scalars(tmp_path, f"online/{tag}")) == 5
+    assert read_scalars(tmp_path, "online/activation_mib")[-1][1] == pytest.approx(report.held_mib, rel=1e-5)
+    assert read_scalars(tmp_path, "online/step_ms")
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="setting is 'forever'; allowed are reset, continual"):
+        run_stream(new_adapter("bn"), two_domains(), setting="forever")
+    with pytest.raises(DataError, match="the stream has 0 domains"):
+        run_stream(new_adapter("bn"), ())
+    for size in (0, -1):
+        with pytest.raises(DataError, match=f"batch_size is {size}"):
+            run_stream(new_adapter("bn"), two_domains(), batch_size=size)
