@@ -21,5 +21,5 @@ def test_has_layernorms_alone_and_a_class_token():
     model = timm.create_model(digits_vit.digits_vit.__name__, num_classes=4)
     norms = [layer for layer in model.modules() if "Norm" in type(layer).__name__ and list(layer.parameters(False))]
     assert norms and all(isinstance(layer, nn.LayerNorm) for layer in norms)
-    assert model.forward_features(torch.rand(2, 3, 32, 32)).shape == (2, 1 + 16, 96)
+    assert model.forward_features(torch.rand(2, 3, 32, 32)).shape == (2, 1 + 16, 96)  # pyright: ignore[reportCallIssue]
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 4)
