@@ -42,6 +42,6 @@ def meta_train(
     """
     config = config or MetaTrainConfig()
     source = model if isinstance(model, SourceModel) else SourceModel(model)
-    trainer = MetaTrainer(source, validate_images(images), shifts, config)
+    trainer = MetaTrainer(source, validate_images(images).to(source.mean.device), shifts, config)
     with progress(config.epochs * config.unrolls, "Meta-training", quiet=quiet) as bar:
         return trainer.run(on_unroll=lambda loss: bar.update(loss=loss))

@@ -157,7 +157,7 @@ class _Run:
         self.loss: Tensor | None = None
 
     def step(self, batch: Batch) -> Tensor:
-        """Predict and adapt; the first batch of a new largest size is metered, not timed, and a short one is neither."""
+        """Predict and adapt; the first batch of a new largest size is metered, not timed; short ones are neither."""
         shape = tuple(batch.images.shape)
         largest = self.metered_shape is None or shape[0] > self.metered_shape[0]
         if largest:
