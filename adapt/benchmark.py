@@ -22,7 +22,7 @@ def run(settings: BenchmarkSettings) -> None:
     model = load_model(settings.model, settings.source, device)
     for policy in policies.values():
         check_source(policy, model)
-    check_stream(streams[settings.seeds[0]], model)
+    check_stream(streams[settings.seeds[0]], model, device)
     statistics = cache(lambda: statistics_of(settings, model, device))
     listed = list(arms(settings))
     methods = [

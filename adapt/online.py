@@ -27,7 +27,7 @@ def run(settings: OnlineSettings) -> None:
     stream = build_stream(settings.data, settings.seed)
     out = ensure_writable_folder(settings.out)
     model = load_model(settings.model, settings.source, device)
-    check_stream(stream, model)
+    check_stream(stream, model, device)
     method = assemble_method(settings.method, policy, lambda: statistics_of(settings, model, device))
     adapter = OnlineAdapter(model, method)
     predictions = Predictions()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metaopt.configs import MetaTrainSettings, resolve_device, run_command
-from metaopt.configs.assemble import load_model, meta_train_config, unlabeled_images
+from metaopt.configs.assemble import check_images, load_model, meta_train_config, unlabeled_images
 from metaopt.files import atomic_write_text, ensure_writable_folder
 from metaopt.measure import Monitor, closing_table, progress
 from metaopt.meta import MetaTrainer
@@ -29,6 +29,7 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
     ensure_writable_folder(CHECKPOINT.parent)
     out = ensure_writable_folder(settings.out)
     model = load_model(settings.model, settings.source, device)
+    check_images(model, images)
     trainer = MetaTrainer(model, images, settings.meta.shifts, config)
     untrained = copy.deepcopy(trainer.policy)
     if settings.resume is not None:

@@ -86,13 +86,36 @@ def build_stream(data: DataSection, seed: int) -> Stream:
     return arrays_stream(data.images, data.labels, data.corruptions or (), data.severities, data.limit, seed)
 
 
-def check_stream(stream: Stream, model: SourceModel) -> None:
-    """Read the first domain, and refuse labels that the model cannot predict, before anything is adapted.
+def check_images(model: SourceModel, images: Tensor) -> None:
+    """Run the model on one image, before anything is written.
+
+    Args:
+        model: source model.
+        images: (B, 3, H, W) in [0, 1].
 
     Raises:
-        DataError: the labels go beyond the model's classes, or the images cannot be read.
+        DataError: images of this size do not go through it.
     """
-    stream[0].images.check_classes(model.num_classes)
+    try:
+        with torch.no_grad():
+            model(images[:1])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"images of {images.shape[2]}x{images.shape[3]} pixels do not go through {model.spec.name} ({reason}); "
+            "allowed are sizes that it was built for: resize them"
+        ) from error
+
+
+def check_stream(stream: Stream, model: SourceModel, device: torch.device) -> None:
+    """Read the first domain and refuse images or labels that do not go with the model, before anything is written.
+
+    Raises:
+        DataError: the labels go beyond the model's classes, or the images cannot be read or are of another size.
+    """
+    data = stream[0].images
+    data.check_classes(model.num_classes)
+    check_images(model, to_float(data.images[:1], device))
 
 
 def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:

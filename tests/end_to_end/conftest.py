@@ -29,3 +29,12 @@ def workspace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real images, corrupted images and weights."""
+    root = os.environ.get("METAOPT_TEST_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("METAOPT_TEST_DATA names no folder with cifar10/, cifar10c/ and weights/")
+    return Path(root)
