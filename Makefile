@@ -21,10 +21,10 @@ demo: $(STAMP) ## meta-train on the embedded digits, then adapt online; leaves c
 	@echo "See it: $(BIN)/tensorboard --logdir runs"
 
 test: $(STAMP) ## the quick tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(STAMP) ## style, types, and which module may import which
 	$(BIN)/ruff check .
