@@ -1,7 +1,8 @@
 """Meta-training tasks: a few unlabeled clean images, augmented, under a sampled shift.
 
-A task is one small stream: K + 1 batches that share one shift at one strength. Diversity of tasks is what makes a learned
-generator transfer, so strengths are drawn continuously, shifts are composed, and images are flipped, moved and occluded.
+A task is one small stream: K + 1 batches that share one shift at one strength. Diversity of tasks is what makes a
+learned generator transfer, so strengths are drawn continuously, shifts are composed, and images are flipped, moved and
+occluded.
 """
 
 import math
@@ -29,7 +30,7 @@ class TaskConfig:
     occlusion: float = 0.3  # probability that rectangles are occluded
     flip: bool = True  # mirror images; not where mirroring changes the class, as with digits
     translate: int = 2  # largest move of an image, pixels
-    # Where the teacher's view comes from: "cached" predicts each clean image once, "augmented" each augmented view anew.
+    # Where the teacher's view comes from: "cached" predicts each clean image once, "augmented" each view anew.
     clean_view: str = "cached"
 
     def __post_init__(self) -> None:

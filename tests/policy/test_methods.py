@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from metaopt.errors import ConfigError
-from metaopt.generator import SGD, Adam, GradientGenerator
+from metaopt.generator import SGD, Adam, GeneratorConfig, GradientGenerator
 from metaopt.models import SourceModel
 from metaopt.online import OnlineAdapter
+from metaopt.parameters import adapted_layout
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method, new_policy
 
 from ..tiny import TinyNet, random_images, tiny_model, tiny_net, tiny_policy
@@ -109,9 +110,6 @@ def test_adam_descends_the_policys_objective_with_its_learned_weights() -> None:
 
 
 def test_a_generator_at_its_start_is_adam() -> None:
-    from metaopt.generator import GeneratorConfig
-    from metaopt.parameters import adapted_layout
-
     model = tiny_model(dtype=torch.float64)
     names = adapted_layout(model).names
     policy = new_policy(GeneratorConfig(lr=1e-2, clamp=1e6), {"entropy": 1.0}, names, learned_objective=False).to(
@@ -130,7 +128,7 @@ def test_another_rate_scales_the_generator_and_nothing_else() -> None:
     assert same.rule is policy.rule and same.objective is policy.objective
     faster = build_method(MethodConfig("policy", update="generator", lr=0.05), policy=policy)
     assert isinstance(faster.rule, GradientGenerator) and isinstance(policy.rule, GradientGenerator)
-    assert faster.rule.config.lr == 0.05 and policy.rule.config.lr == 5e-3
+    assert (faster.rule.config.lr, policy.rule.config.lr) == (0.05, GeneratorConfig().lr)
     for name, tensor in policy.rule.state_dict().items():
         assert torch.equal(faster.rule.state_dict()[name], tensor)
     assert faster.source == policy.source and faster.statistics is policy.statistics
@@ -169,8 +167,6 @@ def test_refusals_say_what_to_do() -> None:
 
 
 def test_new_policies_are_drawn_from_their_seed_alone() -> None:
-    from metaopt.generator import GeneratorConfig
-
     def draw(seed: int) -> Tensor:
         policy = new_policy(GeneratorConfig(), {"entropy": 1.0}, ("a",), learned_objective=True, seed=seed)
         return torch.cat([tensor.detach().flatten() for tensor in policy.parameters()])
