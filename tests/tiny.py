@@ -79,7 +79,7 @@ def _trained_weights() -> dict[str, Tensor]:
         images, labels = small_digits(part), part.labels
         assert labels is not None
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-        for _ in range(12):
+        for _ in range(6):
             for index in torch.randperm(len(images)).split(50):
                 optimizer.zero_grad()
                 functional.cross_entropy(net(images[index]), labels[index]).backward()
