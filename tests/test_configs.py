@@ -25,6 +25,7 @@ SCHEMAS = {
     "online": OnlineSettings,
     "benchmark": BenchmarkSettings,
     "source": SourceSettings,
+    "speed": MetaTrainSettings,
 }
 
 
@@ -55,7 +56,7 @@ def test_every_command_composes_and_shows_its_launch_command(name: str) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_choice_composes(path: Path) -> None:
     group, option = path.parent.name, path.stem
-    command = "meta_train" if group == "generator" else "online"
+    command = "meta_train" if group in ("generator", "recipe") else "online"
     files = {
         "arrays": ["model.checkpoint=m.pt", "source.images=s.npy", "data.images=i.npy"],
         "cifar_c": ["model.checkpoint=m.pt", "source.images=s.npy", "data.root=folder"],
@@ -63,10 +64,25 @@ def test_every_choice_composes(path: Path) -> None:
     }
     policy = ["policy_path=ckpt.pt"] if command == "online" else []
     config = compose(SCHEMAS[command], command, [f"{group}={option}", *policy, *files.get(option, [])], CONFIGS)
-    section = getattr(config, group)
-    found = section.variant if group == "generator" else section.name
-    assert found == ("resnet50" if option == "timm" else option)
-    assert "# " in path.read_text().split("name:")[0] and ".py " in path.read_text().split("name:")[0]
+    if group == "recipe":
+        assert (config.generator.variant == "published") == (option == "published")
+    else:
+        section = getattr(config, group)
+        found = section.variant if group == "generator" else section.name
+        assert found == ("resnet50" if option == "timm" else option)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(".py " in line for line in header)
+
+
+def test_published_recipe_is_the_paper_and_gives_way_to_the_command_line() -> None:
+    config = compose(MetaTrainSettings, "meta_train", ["recipe=published", "meta.epochs=2"], CONFIGS)
+    assert (config.generator.lr, config.batch_size, config.meta.loss) == (1e-4, 2, "unsupervised")
+    assert (config.meta.steps, config.meta.update_every, config.meta.truncation) == (64, 1, 1)
+    assert (config.meta.lr, config.meta.schedule, config.meta.epochs) == (0.01, "constant", 2)
+    assert {name: weight for name, weight in config.objective.items() if weight} == {
+        "entropy": 1.0,
+        "discrepancy": 0.00625,
+    }
 
 
 def test_defaults_are_the_published_contract() -> None:
@@ -74,7 +90,7 @@ def test_defaults_are_the_published_contract() -> None:
     assert (config.data.name, config.batch_size, config.n_unlabeled, config.seed) == ("digits", 64, 128, 0)
     assert (config.meta.loss, config.meta.gradient, config.meta.backend) == ("clean_teacher", "first_order", "func")
     assert (config.generator.variant, config.memory, config.device) == ("residual", "dense", "cpu")
-    assert config.out.startswith("runs/meta_train/") and "$" not in config.out
+    assert config.out is not None and config.out.startswith("runs/meta_train/") and "$" not in config.out
     assert online("--policy", "p").setting == "reset"
 
 
