@@ -16,8 +16,9 @@ help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(STAMP) ## meta-train on the embedded digits, then adapt online; leaves ckpt.pt
-	$(BIN)/python pretrain/meta_train.py
-	$(BIN)/python adapt/online.py --policy ckpt.pt
+	$(BIN)/python pretrain/meta_train.py model=digits_vit
+	$(BIN)/python adapt/online.py method=source model=digits_vit
+	$(BIN)/python adapt/online.py --policy ckpt.pt model=digits_vit
 	@echo "See it: $(BIN)/tensorboard --logdir runs"
 
 test: $(STAMP) ## the quick tests
