@@ -74,6 +74,11 @@ def test_every_choice_composes(path: Path) -> None:
     assert any(".py " in line for line in header)
 
 
+def test_a_command_takes_the_groups_of_the_file_that_it_includes() -> None:
+    config = compose(MetaTrainSettings, "speed", ["model=digits_vit", "generator=published", "meta.steps=4"], CONFIGS)
+    assert (config.model.name, config.generator.variant, config.meta.steps) == ("digits_vit", "published", 4)
+
+
 def test_published_recipe_is_the_paper_and_gives_way_to_the_command_line() -> None:
     config = compose(MetaTrainSettings, "meta_train", ["recipe=published", "meta.epochs=2"], CONFIGS)
     assert (config.generator.lr, config.batch_size, config.meta.loss) == (1e-4, 2, "unsupervised")

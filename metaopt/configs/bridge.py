@@ -143,10 +143,13 @@ def _quote(value: str) -> str:
 
 
 def _groups(config_name: str, config_dir: Path) -> dict[str, list[str]]:
-    """Options of each group that this command chooses one of, by the group's name."""
+    """Options of each group that this command chooses one of, by the group's name; those of included files too."""
     defaults = cast(DictConfig, OmegaConf.load(config_dir / f"{config_name}.yaml")).get("defaults", [])
     names = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry if "@" not in str(key)]
-    return {name: sorted(path.stem for path in (config_dir / name).glob("*.yaml")) for name in names}
+    groups = {name: sorted(path.stem for path in (config_dir / name).glob("*.yaml")) for name in names}
+    for included in (entry for entry in defaults if isinstance(entry, str) and entry != "_self_"):
+        groups |= _groups(included, config_dir)
+    return groups
 
 
 def _choose(override: _Override, options: list[str]) -> list[_Override]:
