@@ -34,9 +34,10 @@ def test_values_out_of_range_are_refused(change: dict[str, object], message: str
 
 
 def test_the_edges_of_the_ranges_are_allowed() -> None:
-    MetaTrainConfig(steps=1, first_steps=1, epochs=1, unrolls=1, selection_tasks=1, update_every=1, shrinkage=0)
-    MetaTrainConfig(curriculum=0.0)
-    MetaTrainConfig(curriculum=1.0)
+    least = MetaTrainConfig(steps=1, first_steps=1, epochs=1, unrolls=1, selection_tasks=1, update_every=1, shrinkage=0)
+    assert least.steps_at(0) == 1
+    assert MetaTrainConfig(curriculum=0.0, steps=4, first_steps=2, epochs=3).steps_at(2) == 4
+    assert MetaTrainConfig(curriculum=1.0, steps=4, first_steps=2, epochs=3).steps_at(0) == 2
 
 
 def test_the_unroll_grows_over_the_curriculum() -> None:
