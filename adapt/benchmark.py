@@ -6,7 +6,14 @@ from functools import cache
 
 from metaopt.configs import BenchmarkSettings, resolve_device, run_command
 from metaopt.configs.arms import Results, arms
-from metaopt.configs.assemble import assemble_method, build_stream, check_stream, load_model, statistics_of
+from metaopt.configs.assemble import (
+    assemble_method,
+    build_stream,
+    check_stream,
+    fairness_note,
+    load_model,
+    statistics_of,
+)
 from metaopt.files import ensure_writable_folder
 from metaopt.measure import progress
 from metaopt.online import OnlineAdapter, run_stream
@@ -44,6 +51,9 @@ def run(settings: BenchmarkSettings) -> None:
                 bar.update()
     results.show()
     print(f"each corruption of each run: {results.path}")
+    for path, policy in policies.items():
+        if note := fairness_note(policy, streams[settings.seeds[0]]):
+            print(f"{path}: {note}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.configs import OnlineSettings, resolve_device, run_command
-from metaopt.configs.assemble import assemble_method, build_stream, check_stream, load_model, statistics_of
+from metaopt.configs.assemble import (
+    assemble_method,
+    build_stream,
+    check_stream,
+    fairness_note,
+    load_model,
+    statistics_of,
+)
 from metaopt.data import Batch
 from metaopt.files import atomic_write_text, ensure_writable_folder
 from metaopt.measure import Monitor, closing_table, progress
@@ -51,6 +58,8 @@ def run(settings: OnlineSettings) -> None:
     atomic_write_text(predictions.text(), out / "predictions.csv")
     atomic_write_text(json.dumps(summary(settings, report), indent=2) + "\n", out / "summary.json")
     show(settings, report, out)
+    if note := fairness_note(method, stream):
+        print(note)
 
 
 class Predictions:

@@ -67,9 +67,7 @@ class ParameterLayout:
 
     def to_list(self) -> list[dict[str, object]]:
         """Primitives for a checkpoint."""
-        return [
-            {"name": t.name, "kind": t.kind, "depth": t.depth, "shape": list(t.shape)} for t in self.tensors
-        ]
+        return [{"name": t.name, "kind": t.kind, "depth": t.depth, "shape": list(t.shape)} for t in self.tensors]
 
     @classmethod
     def from_list(cls, rows: Iterable[Mapping[str, object]]) -> "ParameterLayout":

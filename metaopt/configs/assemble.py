@@ -118,6 +118,12 @@ def check_stream(stream: Stream, model: SourceModel, device: torch.device) -> No
     check_images(model, to_float(data.images[:1], device))
 
 
+def fairness_note(policy: AdaptationPolicy, stream: Stream) -> str:
+    """One line that names the stream's corruptions which the policy knows from meta-training; empty where none is."""
+    known = sorted({domain.name for domain in stream} & policy.known_shifts)
+    return f"not a fair test of the policy: it was meta-trained or selected on {', '.join(known)}" if known else ""
+
+
 def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
     """Settings of meta-training in the library's own terms.
 

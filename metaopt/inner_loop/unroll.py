@@ -234,9 +234,7 @@ class _Unroll:
                 parameters, state = self._update(leaves, inner, state)
         return detached(parameters), detached_state(state)
 
-    def _note(
-        self, leaves: Parameters, position: int, notes: _Notes
-    ) -> list[tuple[Tensor, Parameters]] | None:
+    def _note(self, leaves: Parameters, position: int, notes: _Notes) -> list[tuple[Tensor, Parameters]] | None:
         """One forward pass and its backward passes. The network's graph ends with this call."""
         batch = self.batches[position]
         with torch.enable_grad():

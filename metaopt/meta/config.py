@@ -53,6 +53,11 @@ class MetaTrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"meta.{key} is {value}; it must be at least 1: set meta.{key}=1 or more")
+        if not self.selection_shifts:
+            raise ConfigError(
+                "meta.selection_shifts is empty; at least one shift is needed to choose the best epoch on: set "
+                "meta.selection_shifts=[gamma,posterise]"
+            )
         for key in ("lr", "clip_norm"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):

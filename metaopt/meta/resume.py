@@ -32,7 +32,7 @@ def load_run(trainer: MetaTrainer, path: str | Path) -> None:
         CheckpointError: the file is missing, unsafe, foreign or damaged, or was written under other settings, with
             another model or other images.
     """
-    values = safe_load(path)
+    values = safe_load(path, checksums=True)
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(
             f"'{path}' holds no meta-training to resume; allowed is a last.pt of pretrain/meta_train.py: give one"

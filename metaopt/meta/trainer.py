@@ -126,6 +126,7 @@ class MetaTrainer:
         policy.load_state_dict(self.best)
         policy.training = {
             "config": self.config.to_dict(),
+            "shifts": [shift.name for shift in self.sampler.shifts],
             "epochs": self.counters.epoch,
             "best_epoch": self.counters.best_epoch,
             "selection": list(self.counters.selection),

@@ -66,6 +66,12 @@ class AdaptationPolicy(nn.Module):
         """Whether the method changes parameters at all."""
         return self.rule is not None
 
+    @property
+    def known_shifts(self) -> frozenset[str]:
+        """Names of the shifts that the policy was meta-trained or selected on: a score on those is no fair test."""
+        config = self.training.get("config", {})
+        return frozenset([*self.training.get("shifts", ()), *config.get("selection_shifts", ())])
+
     def init(self, parameters: Parameters) -> PolicyState:
         """State before the first batch."""
         return PolicyState(rule=None if self.rule is None else self.rule.init(parameters))

@@ -57,6 +57,18 @@ def test_every_method_predicts_and_accounts_for_itself(workspace: Path, method: 
     assert [step for step, _ in read_scalars("out", "online/error")] == list(range(1, 7))
 
 
+def test_a_score_on_shifts_of_meta_training_is_called_unfair(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+    known = ["data.corruptions=[fog,gamma,spatter]"]
+    assert online(["--policy", "ckpt.pt", *TINY_STREAM, *known, "out=out"]) == 0
+    note = "not a fair test of the policy: it was meta-trained or selected on gamma, spatter"
+    assert note in capsys.readouterr().out
+    assert benchmark(["methods=[policy]", "policy_path=[ckpt.pt]", *TINY_STREAM, *known, "out=bench"]) == 0
+    assert f"ckpt.pt: {note}" in capsys.readouterr().out
+    assert online(["method=bn", *TINY_STREAM, *known, "out=out"]) == 0
+    assert online(["--policy", "ckpt.pt", *TINY_STREAM, "out=out"]) == 0
+    assert "fair" not in capsys.readouterr().out
+
+
 def test_reset_and_continual_part_at_the_second_corruption(workspace: Path) -> None:
     for setting in ("reset", "continual"):
         assert online(["--policy", "ckpt.pt", *TINY_STREAM, f"setting={setting}", f"out={setting}"]) == 0

@@ -24,6 +24,7 @@ from metaopt.meta import MetaTrainConfig
             for key in ("lr", "clip_norm")
             for value in (0.0, -1.0, float("nan"), float("inf"))
         ),
+        ({"selection_shifts": ()}, "meta.selection_shifts is empty; at least one shift is needed"),
         *(({"shrinkage": value}, "meta.shrinkage is") for value in (-0.1, float("nan"), float("inf"))),
         *(({"curriculum": value}, "meta.curriculum") for value in (-0.1, 1.1, float("nan"))),
     ],
