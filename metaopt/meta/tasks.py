@@ -158,5 +158,5 @@ class TaskSampler:
         columns = (torch.arange(width, device=images.device) + moves[1].unsqueeze(1)).clamp(0, width - 1)  # (B, W)
         if self.config.flip:
             columns = torch.where(mirrored.unsqueeze(1), columns.flip(1), columns)
-        batch = torch.arange(count, device=images.device).view(count, 1, 1)
-        return images.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+        pixels = (rows.unsqueeze(2) * width + columns.unsqueeze(1)).view(count, 1, -1)  # (B, 1, H W)
+        return images.flatten(2).gather(2, pixels.expand(-1, images.shape[1], -1)).view_as(images)

@@ -62,8 +62,11 @@ def to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     low = value * (1 - saturation)
     falling = value * (1 - part * saturation)
     rising = value * (1 - (1 - part) * saturation)
-    # The channels around the hexcone: which of the four levels each takes in sextant 0, 1, ..., 5.
-    levels = torch.stack([value, rising, falling, low], dim=1)  # (B, 4, H, W)
-    wheel = torch.tensor([[0, 2, 3, 3, 1, 0], [1, 0, 0, 2, 3, 3], [3, 3, 1, 0, 0, 2]], device=hue.device)
-    choice = wheel[:, sextant.long() % 6].movedim(0, 1)  # (B, 3, H, W)
-    return levels.gather(1, choice)
+    at = [sextant % 6 == position for position in range(6)]
+
+    def channel(sextants_on: int) -> Tensor:
+        """Level of the channel whose peak lies so many sextants after red's, around the hexcone."""
+        peak, down, up = at[sextants_on] | at[sextants_on - 1], at[(sextants_on + 1) % 6], at[sextants_on - 2]
+        return torch.where(peak, value, torch.where(down, falling, torch.where(up, rising, low)))
+
+    return torch.stack([channel(0), channel(2), channel(4)], dim=1)

@@ -31,7 +31,7 @@ def pad(images: Tensor, amount: int, border: Border) -> Tensor:
         border_index(torch.arange(-amount, size + amount, device=images.device), size, border)
         for size in images.shape[-2:]
     )
-    return images[..., rows, :][..., columns]
+    return images.index_select(-2, rows).index_select(-1, columns)
 
 
 def correlate(images: Tensor, kernel: Tensor, border: Border) -> Tensor:

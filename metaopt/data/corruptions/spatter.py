@@ -49,7 +49,8 @@ def spatter(images: Tensor, severity: float, generator: torch.Generator) -> Tens
 def _water(liquid: Tensor) -> Tensor:
     """Light on the drops of a layer (B, 1, H, W), 1 where it is brightest; no drops give no light."""
     drops = (liquid * 255).clamp(0, 255).floor()
-    distance = correlate(_distance(canny(drops)), BOX, "mirror").floor()
+    # Whole numbers this small are exact in float32, whose convolutions are the fast ones.
+    distance = correlate(_distance(canny(drops.float())), BOX, "mirror").floor()
     relief = correlate(_equalise(distance), EMBOSS, "mirror").clamp(0, 255)
     light = drops * correlate(relief, BOX, "mirror").round()
     peak = light.amax(dim=(2, 3), keepdim=True)
@@ -78,23 +79,43 @@ def canny(layer: Tensor) -> Tensor:
     thin = torch.where(flat, level, torch.where(steep, upright, slanted)) & (size > WEAK_EDGE)
     edges = thin & (size > STRONG_EDGE)
     while True:  # weak edges count where a chain of them leads to a strong one
-        grown = (F.max_pool2d(edges.float(), 3, stride=1, padding=1) > 0) & thin
+        grown = _dilate(edges) & thin
         if torch.equal(grown, edges):
             return edges
         edges = grown
 
 
+def _dilate(edges: Tensor) -> Tensor:
+    """Each true pixel of (B, 1, H, W) and its eight neighbours."""
+    wide = F.pad(edges, (1, 1, 1, 1))
+    tall = wide[..., :-2, :] | wide[..., 1:-1, :] | wide[..., 2:, :]
+    return tall[..., :-2] | tall[..., 1:-1] | tall[..., 2:]
+
+
 def _distance(edges: Tensor) -> Tensor:
-    """Euclidean distance of each pixel of (B, 1, H, W) from the nearest edge, cut at ``FARTHEST`` pixels."""
-    squared = FARTHEST**2 * (~edges).to(torch.get_default_dtype())
-    for axis in (-2, -1):
-        squared = squared.transpose(axis, -1)
-        length = squared.shape[-1]
-        wide = F.pad(squared, (FARTHEST, FARTHEST), value=FARTHEST**2)
-        for step in range(-FARTHEST, FARTHEST + 1):
-            squared = torch.minimum(squared, wide[..., FARTHEST + step :][..., :length] + step**2)
-        squared = squared.transpose(axis, -1)
-    return squared.sqrt()
+    """Euclidean distance of each pixel of (B, 1, H, W) from the nearest edge, cut at ``FARTHEST`` pixels.
+
+    Along the rows first, where a long way is made of doubled ones; then, of squares, along the columns.
+    """
+    across = FARTHEST * (~edges).to(torch.get_default_dtype())
+    reach = 1
+    while reach <= FARTHEST:
+        nearer = across.clone()
+        _lower(nearer[..., reach:], across[..., :-reach] + reach)
+        _lower(nearer[..., :-reach], across[..., reach:] + reach)
+        across, reach = nearer, 2 * reach
+    squared = across.square()
+    distance, step = squared.clone(), 1
+    while step**2 < distance.amax():  # no pixel further off can be the nearest
+        _lower(distance[..., step:, :], squared[..., :-step, :] + step**2)
+        _lower(distance[..., :-step, :], squared[..., step:, :] + step**2)
+        step += 1
+    return distance.sqrt()
+
+
+def _lower(values: Tensor, bound: Tensor) -> None:
+    """Lower the values to the bound, in place."""
+    torch.minimum(values, bound, out=values)
 
 
 def _equalise(layer: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from metaopt.data import corruptions
 from metaopt.data.corruptions import blur, colour, weather
-from metaopt.data.corruptions.spatter import canny
+from metaopt.data.corruptions.spatter import FARTHEST, canny
+from metaopt.data.corruptions.spatter import _distance as spatter_distance
 from metaopt.data.images import to_bytes, to_float
 from metaopt.data.seeding import generator_for
 
@@ -148,3 +150,13 @@ def test_occlusion_covers_a_share_of_the_image_that_grows_with_strength():
     covered = [(apply(corruptions.occlusion, black, strength) > 0).any(1).float().mean() for strength in (1, 5)]
     assert covered[0].item() == pytest.approx(0.13, abs=0.03)
     assert covered[1].item() == pytest.approx(0.45, abs=0.05)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.05])
+def test_distances_are_scipys_up_to_where_they_are_cut(share):
+    edges = torch.rand(3, 1, 32, 40, generator=torch.Generator().manual_seed(0)) < share
+    ours = spatter_distance(edges)
+    for ours_of_one, image in zip(ours[:, 0], edges[:, 0], strict=True):
+        exact = ndimage.distance_transform_edt(~image) if image.any() else np.full(image.shape, FARTHEST)
+        expected = torch.from_numpy(exact).float().clamp_max(FARTHEST)
+        torch.testing.assert_close(ours_of_one, expected, rtol=1e-6, atol=0)
