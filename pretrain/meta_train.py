@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metaopt.allocator import keep_freed_memory
 from metaopt.configs import MetaTrainSettings, resolve_device, run_command
 from metaopt.configs.assemble import check_images, load_model, meta_train_config, unlabeled_images
 from metaopt.files import atomic_write_text, ensure_writable_folder
@@ -99,6 +100,7 @@ def resume_command(last: Path, overrides: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command with these arguments; None: those of this process."""
     overrides = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()
     return run_command(lambda settings: run(settings, overrides), MetaTrainSettings, __file__, overrides)
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from metaopt.allocator import keep_freed_memory
 from metaopt.configs import SourceSettings, resolve_device, run_command
 from metaopt.data import digits_stream
 from metaopt.errors import ConfigError
@@ -28,6 +29,7 @@ def run(settings: SourceSettings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command with these arguments; None: those of this process."""
+    keep_freed_memory()
     return run_command(run, SourceSettings, __file__, argv)
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from metaopt.allocator import keep_freed_memory
 from metaopt.configs import MetaTrainSettings, resolve_device, run_command
 from metaopt.configs.assemble import load_model, meta_train_config, unlabeled_images
 from metaopt.measure import closing_table
@@ -35,6 +36,7 @@ def show(row: SpeedRow) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command with these arguments; None: those of this process."""
+    keep_freed_memory()  # as meta-training does
     return run_command(run, MetaTrainSettings, __file__, argv)
 
 
