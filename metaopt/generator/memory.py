@@ -82,7 +82,7 @@ class GradientMemoryLayer(nn.Module):
         target = features @ self.value.T - key
         rate = torch.sigmoid(features @ self.rate_weight + self.rate_bias).unsqueeze(1) / self.hidden  # (N, 1)
         descent = rate * self._preactivation_gradient(_row_times(key, weight) + bias, target)  # (N, h)
-        weight = torch.baddbmm(weight, key.unsqueeze(2), descent.unsqueeze(1), alpha=-1.0)
+        weight = torch.addcmul(weight, key.unsqueeze(2), descent.unsqueeze(1), value=-1.0)
         bias = bias - descent
         hidden = query + self._norm(_row_times(query, weight) + bias)
         hidden = functional.layer_norm(

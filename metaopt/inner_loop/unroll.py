@@ -198,11 +198,12 @@ class _Unroll:
                 parameters, state = notes.starts[start]
                 parameters = detached(parameters)
                 rule_state = self.policy.init(parameters).rule if fresh and start == 0 else state.rule
-                scores = []
+                scores, flat = [], flatten(parameters)
                 for step in range(start, stop):
-                    products = [weight * _inner_product(each, parameters) for weight, each in notes.inner[step]]
+                    products = [weight * torch.dot(flatten(each), flat) for weight, each in notes.inner[step]]
                     parameters, rule_state = self.apply(torch.stack(products).sum(), parameters, rule_state)
-                    scores.append(_inner_product(notes.meta[step], parameters))
+                    flat = flatten(parameters)
+                    scores.append(torch.dot(flatten(notes.meta[step]), flat))
                 self._accumulate(torch.stack(scores).sum())
         return last
 
@@ -286,8 +287,3 @@ class _Unroll:
         gradients = torch.autograd.grad(total / self.steps, tensors, allow_unused=True, materialize_grads=True)
         for name, gradient in zip(self.learned, gradients, strict=True):
             self.gradients[name] = self.gradients[name] + gradient
-
-
-def _inner_product(left: Parameters, right: Parameters) -> Tensor:
-    """Sum over all adapted scalars of left times right, scalar."""
-    return torch.dot(flatten(left), flatten(right))
