@@ -91,7 +91,7 @@ def report_on_unseen_tasks(
         adam_lr: Adam's learning rate.
     """
     steps = min(LONGEST, trainer.config.steps)
-    unseen = held_out_tasks(trainer.sampler, shift_names(REPORT), tasks, steps, seed=SEED)
+    unseen = held_out_tasks(trainer, shift_names(REPORT), tasks, steps, seed=SEED)
     adam = build_method(MethodConfig("adam", update="adam", lr=adam_lr, objective_from_policy=True), policy=after)
     return MetaReport(
         steps,

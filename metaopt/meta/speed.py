@@ -99,12 +99,11 @@ def forward_backward(trainer: MetaTrainer) -> Callable[[], object]:
 def _unroll(trainer: MetaTrainer, backend: str, gradient: str, loss: str, steps: int) -> Callable[[], object]:
     meta_loss_name, clean_view = LOSSES[loss]
     tasks = replace(trainer.config.tasks, clean_view=clean_view)
-    sampler = TaskSampler(trainer.images, trainer.sampler.shifts, tasks, trainer.sampler.teacher)
+    meta_loss = build_meta_loss(meta_loss_name, trainer.config.tempered)
+    teacher = None if meta_loss.own_objective else trainer.teach
+    sampler = TaskSampler(trainer.images, trainer.sampler.shifts, tasks, teacher)
     randomness = torch.Generator().manual_seed(0)
     task = sampler.sample(steps, randomness)
-    meta_loss = build_meta_loss(meta_loss_name, trainer.config.tempered)
-    if meta_loss.own_objective:
-        sampler.teacher = None
     config = UnrollConfig(gradient, None, trainer.config.unroll.term_steps)
     apply = build_backend(backend, trainer.rule)
 

@@ -129,14 +129,17 @@ class TaskSampler:
         return Task(self, tuple(chain), order[: (steps + 1) * size].view(steps + 1, size), seed)
 
     def batch(self, task: Task, position: int) -> MetaBatch:
-        """Make one batch of a task: clean views, augmented alike, and their shifted versions."""
+        """Make one batch of a task: clean views, augmented alike, and their shifted versions.
+
+        The first has no targets: nothing has adapted to it, so it is never scored.
+        """
         randomness = generator_for("task", task.seed, position)
         index = task.order[position].to(self.images.device)
         clean = self._augment(self.images[index], randomness)
         shifted = clean
         for shift, strength in task.shifts:
             shifted = shift(shifted, strength, randomness)
-        return MetaBatch(shifted, self._targets(index, clean))
+        return MetaBatch(shifted, self._targets(index, clean) if position > 0 else None)
 
     def _targets(self, index: Tensor, clean: Tensor) -> Tensor | None:
         if self.teacher is None:

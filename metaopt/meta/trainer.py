@@ -71,8 +71,9 @@ class MetaTrainer:
         self.parameters = {name: tensor.detach() for name, tensor in layout.take(model).items()}
         self.meta_loss = build_meta_loss(config.loss, config.tempered)
         shifts = shift_names(META) if shifts is None else shifts
-        self.sampler = TaskSampler(images, shifts, config.tasks, self._teach)
-        self.selection = held_out_tasks(self.sampler, config.selection_shifts, config.selection_tasks, config.steps)
+        teacher = None if self.meta_loss.own_objective else self.teach  # where nobody asks, it need not predict
+        self.sampler = TaskSampler(images, shifts, config.tasks, teacher)
+        self.selection = held_out_tasks(self, config.selection_shifts, config.selection_tasks, config.steps)
         self.policy = new_policy(
             config.generator,
             config.objective,
@@ -267,7 +268,7 @@ class MetaTrainer:
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
 
-    def _teach(self, images: Tensor) -> Tensor:
+    def teach(self, images: Tensor) -> Tensor:
         """Class probabilities of the source model on clean images, (B, C)."""
         with torch.no_grad():
             return self.model(images).logits.softmax(dim=1)
@@ -286,16 +287,16 @@ class _Window(Sequence[MetaBatch]):
         return self._task[self._positions[position]]
 
 
-def held_out_tasks(sampler: TaskSampler, shifts: Sequence[str], count: int, steps: int, seed: int = 0) -> list[Task]:
-    """Fixed tasks on other shifts than a sampler trains on, with its images and its teacher.
+def held_out_tasks(trainer: MetaTrainer, shifts: Sequence[str], count: int, steps: int, seed: int = 0) -> list[Task]:
+    """Fixed tasks on other shifts than a trainer trains on, with its images and the source model as their teacher.
 
     Args:
-        sampler: the sampler of the training tasks.
+        trainer: gives images, task settings and teacher.
         shifts: names of the held-out shifts.
         count: number of tasks.
         steps: K.
         seed: which tasks; another seed gives other ones.
     """
     randomness = generator_for("held-out tasks", seed)
-    held_out = TaskSampler(sampler.images, shifts, sampler.config, sampler.teacher)
+    held_out = TaskSampler(trainer.images, shifts, trainer.config.tasks, trainer.teach)
     return [held_out.sample(steps, randomness) for _ in range(count)]

@@ -19,7 +19,7 @@ STUDENT_T = 2.262  # 97.5 % quantile at 9 degrees of freedom
 
 def paired_drop(trainer: MetaTrainer) -> tuple[float, float]:
     """Mean and half-width of the 95 % interval of after minus before, on ten fixed tasks."""
-    tasks = held_out_tasks(trainer.sampler, shift_names(REPORT), 10, 4, seed=1)
+    tasks = held_out_tasks(trainer, shift_names(REPORT), 10, 4, seed=1)
     before = trainer.evaluate(tasks)
     difference = trainer.evaluate(tasks, trainer.run()) - before
     assert torch.equal(trainer.evaluate(tasks, trainer.best_policy()) - before, difference)  # the tasks are fixed
@@ -71,7 +71,7 @@ def test_uphill_the_meta_loss_rises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_best_policy_adapts_better_than_batch_statistics_alone() -> None:
     trainer = digits_trainer("residual", "clean_teacher", 5e-3)
-    tasks = held_out_tasks(trainer.sampler, shift_names(REPORT), 10, 4, seed=1)
+    tasks = held_out_tasks(trainer, shift_names(REPORT), 10, 4, seed=1)
     adapted = trainer.evaluate(tasks, trainer.run())
     alone = trainer.evaluate(tasks, build_method(MethodConfig("bn")))
     assert float((adapted - alone).mean()) < 0

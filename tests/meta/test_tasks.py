@@ -38,7 +38,8 @@ def meta_sampler(**changes: object) -> TaskSampler:
 
 
 def equal(first: MetaBatch, second: MetaBatch) -> bool:
-    assert first.targets is not None and second.targets is not None
+    if first.targets is None or second.targets is None:
+        return first.targets is second.targets and torch.equal(first.images, second.images)
     return torch.equal(first.images, second.images) and torch.equal(first.targets, second.targets)
 
 
@@ -152,7 +153,10 @@ def test_the_teachers_view_is_cached_or_augmented() -> None:
 
     cached = TaskSampler(images, [KEEP], TaskConfig(batch_size=8, clean_view="cached"), teacher)
     task = draw(cached)
-    for position, batch in enumerate([*task, *task][:4]):
+    for position, batch in [*enumerate(task), *enumerate(task)]:
+        if position == 0:
+            assert batch.targets is None  # nothing has adapted yet, so nothing is scored
+            continue
         assert batch.targets is not None
         torch.testing.assert_close(batch.targets, images[task.order[position]].flatten(1)[:, :5].softmax(dim=1))
     assert sum(len(batch) for batch in seen) == 20  # each clean image once, however many batches were made
@@ -169,11 +173,18 @@ def test_the_teachers_view_is_cached_or_augmented() -> None:
 def test_the_teacher_is_the_source_model_in_source_mode() -> None:
     trainer = MetaTrainer(tiny_model(), random_images(32), None, tiny_config())
     task = trainer.sampler.sample(2, torch.Generator().manual_seed(0))
-    for position, batch in enumerate(task):
+    for position in range(1, len(task)):
+        batch = task[position]
         assert batch.targets is not None and not batch.targets.requires_grad
         torch.testing.assert_close(batch.targets.sum(dim=1), torch.ones(16))
         alone = tiny_model()(trainer.images[task.order[position]]).logits.softmax(dim=1)
         torch.testing.assert_close(batch.targets, alone.detach())
+
+
+def test_no_teacher_predicts_where_training_is_scored_by_the_objective_itself() -> None:
+    trainer = MetaTrainer(tiny_model(), random_images(32), None, tiny_config(loss="unsupervised"))
+    assert trainer.sampler.sample(2, torch.Generator().manual_seed(0))[1].targets is None
+    assert all(task[1].targets is not None for task in trainer.selection)  # which is by the clean teacher always
 
 
 def test_all_randomness_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +200,9 @@ def test_all_randomness_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_held_out_tasks_are_fixed_by_their_seed() -> None:
-    sampler = meta_sampler()
-    first, same = (held_out_tasks(sampler, shift_names(REPORT), 4, 2, seed=1) for _ in range(2))
-    other = held_out_tasks(sampler, shift_names(REPORT), 4, 2, seed=2)
+    trainer = MetaTrainer(tiny_model(), random_images(32), None, tiny_config())
+    first, same = (held_out_tasks(trainer, shift_names(REPORT), 4, 2, seed=1) for _ in range(2))
+    other = held_out_tasks(trainer, shift_names(REPORT), 4, 2, seed=2)
     assert [task.name for task in first] == [task.name for task in same] != [task.name for task in other]
     assert all(equal(a[1], b[1]) for a, b in zip(first, same, strict=True))
     assert {shift.family for task in first for shift, _ in task.shifts} <= {REPORT, "extra"}
