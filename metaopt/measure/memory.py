@@ -1,81 +1,114 @@
-"""The byte meter: what autograd keeps alive, measured as unique storages rather than counted from shapes.
+"""The byte meter: what autograd keeps alive during a step, measured as unique storages rather than counted from shapes.
 
-The meter watches everything that autograd saves through ``torch.autograd.graph.saved_tensors_hooks``. It does not see
-tensors that a custom ``autograd.Function`` keeps as plain attributes instead of ``save_for_backward``, nor what hooks
-pushed inside its own (as ``torch.utils.checkpoint`` does) save in its place. ``torch.func.grad`` and ``vjp`` refuse
-such hooks; ``torch.autograd.grad`` works under them.
+Counted are
+
+- the tensors that autograd saves, or what ``torch.autograd.graph.saved_tensors_hooks`` inside or around the meter make
+  of them: everything that a packed object refers to counts, for as long as the graph keeps the object;
+- saved tensors that such hooks keep elsewhere, once backward runs: ``torch.utils.checkpoint`` does so with what it
+  recomputes, and it is looked for in all that the unpacking function refers to;
+- what a custom ``autograd.Function`` keeps as attributes of ``ctx`` instead of by ``save_for_backward``.
+
+Not counted are gradients on their way, outputs that the caller holds but the graph does not, what hooks hide in global
+variables and extensions in C++, and what selective checkpointing caches unless told to respect hooks.
+``torch.func.grad`` and ``vjp`` refuse hooks; ``torch.autograd.grad`` works under them.
 """
 
-import threading
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import _autograd
 from torch.autograd.graph import saved_tensors_hooks
+
+from metaopt.measure.graph import LayerNames, NodeAttributes, ResultWatcher
+from metaopt.measure.ledger import Claim, Ledger
+from metaopt.measure.reachable import blocks_of, reachable_blocks
 
 MIB = 2**20
 
-_StorageKey = tuple[torch.device, int]
+Pack = Callable[[Tensor], Any]
+Unpack = Callable[[Any], Tensor]
 
 
-def _storage_key(tensor: Tensor) -> _StorageKey:
-    """Device and address of the tensor's memory: views and expanded tensors share it with their base."""
-    return tensor.device, tensor.untyped_storage().data_ptr()
-
-
-class _Holder:
+class _Saved:
     """Stands for one saved tensor in the graph; the tensor counts as held for as long as this object lives."""
 
-    __slots__ = ("_key", "_meter", "tensor", "version")
+    __slots__ = ("claim", "tensor", "version")
 
-    def __init__(self, meter: "MemoryMeter", tensor: Tensor) -> None:
-        self._key: _StorageKey | None = None
-        self._meter = meter
+    def __init__(self, tensor: Tensor, claim: Claim) -> None:
         # Detached: a saved output that still carries its grad_fn would keep its own node, and so itself, alive.
         self.tensor = tensor.detach()
         self.version = tensor._version
-        self._key = meter._acquire(self.tensor)
+        self.claim = claim
 
-    def __del__(self) -> None:
-        if self._key is not None:
-            self._meter._release(self._key)
+
+class _Packed:
+    """Stands for what somebody else's hook made of a saved tensor; all that it refers to counts while this lives."""
+
+    __slots__ = ("claim", "layer", "value")
+
+    def __init__(self, value: Any, layer: str, claim: Claim | None) -> None:
+        self.value, self.layer, self.claim = value, layer, claim
+
+
+class _MeteredPack:
+    """A hook's pack function under the meter, with the attributes that it had."""
+
+    def __init__(self, meter: "MemoryMeter", pack: Pack) -> None:
+        self._meter, self._pack = meter, pack
+
+    def __call__(self, tensor: Tensor) -> _Packed:
+        return self._meter._pack_by(self._pack, tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        # Looked up at each time: checkpointing takes attributes of its hooks away again when it leaves them.
+        return getattr(self.__dict__["_pack"], name)
 
 
 class MemoryMeter:
     """Measures the bytes that autograd holds, over every forward and backward pass inside the context.
 
-    ``with MemoryMeter([*model.parameters(), *model.buffers(), images]) as meter: ...`` then ``meter.peak_mib``.
-    Gradients of any order are the same as without the meter. Hooks switch off autograd's own check for tensors that
-    were changed in place after they were saved, so the meter makes that check itself and raises ``RuntimeError``.
-    A graph that outlives the context goes on counting in ``held_mib`` until it is freed. The context may be entered
-    again, one at a time; the peak is then the one over all of them.
+    ``with MemoryMeter([images], model=model) as meter: ...`` then ``meter.peak_mib``. Gradients of any order are the
+    same as without the meter. Hooks switch off autograd's own check for tensors that were changed in place after they
+    were saved, so the meter makes that check itself and raises ``RuntimeError``. A graph that outlives the context goes
+    on counting in ``held_mib`` until it is freed. The context may be entered again, one at a time; the peak is then the
+    one over all of them. A meter belongs to one thread, and the backward threads of an accelerator.
 
     Args:
         exclude: tensors that are alive anyway (parameters, module buffers, the batch), whose storages do not count. The
             meter keeps their storages alive until it is dropped, for a freed address would be given to something else.
+        model: its parameters and buffers are excluded too, and its layers give ``layers_mib`` their names.
     """
 
-    def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
-        self._excluded = {_storage_key(tensor): tensor.detach() for tensor in exclude}
-        self._cuda_devices = {device for device, _ in self._excluded if device.type == "cuda"}
-        self._holders: dict[_StorageKey, tuple[int, int]] = {}  # storage -> (holders alive, bytes)
-        self._lock = threading.RLock()  # backward on an accelerator frees saved tensors from a thread of its own
-        self._held_bytes = 0
-        self._peak_bytes = 0
+    def __init__(self, exclude: Iterable[Tensor] = (), *, model: nn.Module | None = None) -> None:
+        own = [] if model is None else [*model.parameters(), *model.buffers()]
+        self._excluded = [tensor.detach() for tensor in [*exclude, *own]]
+        self._cuda_devices = {tensor.device for tensor in self._excluded if tensor.is_cuda}
         self._cuda_peak_bytes: int | None = None
-        self._hooks: saved_tensors_hooks | None = None
+        self._ledger = Ledger(block.key for tensor in self._excluded for block in blocks_of(tensor))
+        self._attributes = NodeAttributes(self._ledger, lambda: self._names.current)
+        self._names = LayerNames(model, self._attributes.find)
+        self._results: ResultWatcher | None = None
 
     @property
     def held_mib(self) -> float:
         """MiB held at this moment."""
-        return self._held_bytes / MIB
+        return self._ledger.held / MIB
 
     @property
     def peak_mib(self) -> float:
         """The most MiB that were held at once."""
-        return self._peak_bytes / MIB
+        return self._ledger.peak / MIB
+
+    @property
+    def layers_mib(self) -> dict[str, float]:
+        """MiB of ``peak_mib`` by the layer that was the first to keep them, by qualified name, in order of appearance.
+
+        SURGEON's layer activation memory (arXiv 2503.20354), measured. ``(outside)`` stands for what no layer of the
+        model keeps; everything does where the meter was made without a model.
+        """
+        return {layer: size / MIB for layer, size in self._ledger.peak_by_layer.items()}
 
     @property
     def cuda_peak_mib(self) -> float | None:
@@ -91,79 +124,88 @@ class MemoryMeter:
         Raises:
             RuntimeError: the meter is already watching.
         """
-        if self._hooks is not None:
+        if self._results is not None:
             raise RuntimeError("this meter is already watching: leave its context first, or make another meter")
         for device in self._cuda_devices:
             torch.cuda.reset_peak_memory_stats(device)
-        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
-        self._hooks.__enter__()
+        around = _autograd._top_saved_tensors_default_hooks(True)
+        _autograd._push_saved_tensors_default_hooks(
+            *((self._pack, self._unpack) if around is None else self._metered(*around))
+        )
+        _watch_inner_hooks(self)
+        self._names.__enter__()
+        self._results = ResultWatcher(self._attributes.find)
+        self._results.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         """Stop to watch; what is still held stays counted until it is freed."""
-        assert self._hooks is not None
-        self._hooks.__exit__(*exception)
-        self._hooks = None
+        assert self._results is not None
+        self._results.__exit__(*exception)
+        self._results = None
+        self._names.__exit__(*exception)
+        _leave_inner_hooks(self)
+        _autograd._pop_saved_tensors_default_hooks()
         if self._cuda_devices:
             peak = sum(torch.cuda.max_memory_allocated(device) for device in self._cuda_devices)
             self._cuda_peak_bytes = max(peak, self._cuda_peak_bytes or 0)
 
-    def _pack(self, tensor: Tensor) -> _Holder:
-        return _Holder(self, tensor)
+    def _pack(self, tensor: Tensor) -> _Saved:
+        self._attributes.find(tensor)
+        return _Saved(tensor, self._ledger.claim(blocks_of(tensor), self._names.current, loose=False))
 
-    def _unpack(self, holder: _Holder) -> Tensor:
-        if holder.tensor._version != holder.version:
+    def _unpack(self, saved: _Saved) -> Tensor:
+        if saved.tensor._version != saved.version:
             raise RuntimeError(
-                f"a tensor of shape {tuple(holder.tensor.shape)} that backward needs was changed in place after it was "
-                f"saved (version {holder.tensor._version}, saved at version {holder.version}): change a clone instead"
+                f"a tensor of shape {tuple(saved.tensor.shape)} that backward needs was changed in place after it was "
+                f"saved (version {saved.tensor._version}, saved at version {saved.version}): change a clone instead"
             )
-        return holder.tensor
+        return saved.tensor
 
-    def _acquire(self, tensor: Tensor) -> _StorageKey | None:
-        """Count the tensor's storage once more; None where it does not count."""
-        key = _storage_key(tensor)
-        if key in self._excluded:
-            return None
-        with self._lock:
-            holders, size = self._holders.get(key, (0, tensor.untyped_storage().nbytes()))
-            self._holders[key] = (holders + 1, size)
-            if holders == 0:
-                self._held_bytes += size
-                self._peak_bytes = max(self._peak_bytes, self._held_bytes)
-        return key
+    def _metered(self, pack: Pack, unpack: Unpack) -> tuple[Pack, Unpack]:
+        """Somebody else's hooks, and the meter sees what they keep."""
+        return _MeteredPack(self, pack), lambda packed: self._unpack_by(unpack, packed)
 
-    def _release(self, key: _StorageKey) -> None:
-        with self._lock:
-            holders, size = self._holders.pop(key)
-            if holders > 1:
-                self._holders[key] = (holders - 1, size)
-            else:
-                self._held_bytes -= size
+    def _pack_by(self, pack: Pack, tensor: Tensor) -> _Packed:
+        layer = self._names.current
+        self._attributes.find(tensor)
+        self._ledger.notice(blocks_of(tensor), layer)
+        try:
+            value = pack(tensor)
+        except Exception:
+            # Checkpointing ends its recomputation so, and has kept this tensor as well: a peak before it unwinds.
+            self._ledger.claim(blocks_of(tensor), layer, loose=False)
+            raise
+        return _Packed(value, layer, self._ledger.claim(reachable_blocks(value), layer, loose=True))
 
-
-def _tensors(state: Any) -> Iterable[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, torch.nn.Module):
-        yield from state.parameters()
-        yield from state.buffers()
-    elif is_dataclass(state) and not isinstance(state, type):
-        for field in fields(state):
-            yield from _tensors(getattr(state, field.name))
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, (tuple, list)):
-        for value in state:
-            yield from _tensors(value)
+    def _unpack_by(self, unpack: Unpack, packed: _Packed) -> Tensor:
+        tensor = unpack(packed.value)
+        self._ledger.surface((unpack, tensor))
+        packed.claim = None  # first, or what unpacking put in its place would count beside it
+        packed.claim = self._ledger.claim(reachable_blocks(packed.value), packed.layer, loose=True)
+        return tensor
 
 
-def state_mib(state: Any) -> float:
-    """MiB of the unique storages in a state: moments, gradient memory, teacher, anchors.
+_watching: list[MemoryMeter] = []
 
-    Args:
-        state: tensors, modules, and dataclasses, dicts, tuples and lists of such, nested at will; anything else counts
-            nothing.
-    """
-    storages = {_storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in _tensors(state)}
-    return sum(storages.values()) / MIB
+
+def _enter_watched(self: saved_tensors_hooks) -> None:
+    """What entering ``saved_tensors_hooks`` does while a meter is there: autograd calls the innermost hooks alone."""
+    pack, unpack = self.pack_hook, self.unpack_hook
+    for meter in _watching:
+        pack, unpack = meter._metered(pack, unpack)
+    _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+_enter_unwatched = saved_tensors_hooks.__enter__
+
+
+def _watch_inner_hooks(meter: MemoryMeter) -> None:
+    _watching.append(meter)
+    saved_tensors_hooks.__enter__ = _enter_watched
+
+
+def _leave_inner_hooks(meter: MemoryMeter) -> None:
+    _watching.remove(meter)
+    if not _watching:
+        saved_tensors_hooks.__enter__ = _enter_unwatched
