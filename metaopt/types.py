@@ -18,6 +18,7 @@ class ForwardOutput(NamedTuple):
 
     logits: Tensor  # (B, C)
     features: tuple[Tensor, ...] = ()  # one (B, D_l) per block; empty where nobody asked for them
+    view_logits: Tensor | None = None  # (B, C), of an augmented view of the same images; None where nobody asked
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Objective(Protocol):
     """A label-free loss: a weighted sum of named terms."""
 
     needs_features: bool
+    needs_view: bool
 
     def terms(self, output: ForwardOutput, statistics: SourceStatistics | None) -> dict[str, Tensor]:
         """Scalar value of each term on this batch, unweighted."""

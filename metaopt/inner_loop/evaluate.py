@@ -30,7 +30,7 @@ def unrolled_loss(
     losses: list[Tensor] = []
     for position, batch in enumerate(batches):
         with torch.set_grad_enabled(policy.updates):
-            parameters, state, output = policy.step(model, parameters, state, batch.images, apply)
+            parameters, state, output = policy.step(model, parameters, state, batch.images, apply, position)
         if position > 0:
             losses.append(meta_loss(output, batch).detach())
     return losses

@@ -175,9 +175,11 @@ class _Unroll:
                 for position in range(start, stop + 1):
                     batch, now = self.batches[position], parameters
                     if position < stop:
-                        parameters, state, output = self.policy.step(self.model, now, state, batch.images, self.apply)
+                        parameters, state, output = self.policy.step(
+                            self.model, now, state, batch.images, self.apply, position
+                        )
                     else:
-                        output = self.policy.evaluate(self.model, now, batch.images)
+                        output = self.policy.evaluate(self.model, now, batch.images, position)
                     if position > start:
                         scores.append(self.meta_loss(output, batch))
                 self.losses.extend(score.detach() for score in scores)
@@ -239,7 +241,7 @@ class _Unroll:
         """One forward pass and its backward passes. The network's graph ends with this call."""
         batch = self.batches[position]
         with torch.enable_grad():
-            output = self.policy.evaluate(self.model, leaves, batch.images)
+            output = self.policy.evaluate(self.model, leaves, batch.images, position)
             score = self.meta_loss(output, batch) if position > 0 else None
             shared = score is not None and self.meta_loss.own_objective and position not in self.term_steps
             inner = None

@@ -79,27 +79,32 @@ class NodeAttributes:
         self._mark = object()
         self._claims: dict[weakref.ref[Any], tuple[Claim, str]] = {}
 
-    def find(self, outputs: Any) -> None:
-        """Take in the custom nodes of the graph behind a tensor, or behind those in a tuple, list or dictionary."""
-        if isinstance(outputs, Tensor):
-            if outputs.grad_fn is not None:
-                self._walk([outputs.grad_fn])
-        elif isinstance(outputs, (tuple, list)):
-            for output in outputs:
-                self.find(output)
-        elif isinstance(outputs, dict):
-            self.find(list(outputs.values()))
+    def find(self, outputs: Any) -> bool:
+        """Take in the custom nodes of the graph behind a tensor, or behind those in a tuple, list or dictionary.
 
-    def _walk(self, nodes: list[Any]) -> None:
+        Returns:
+            Whether there were nodes, custom or not, that had not been seen before.
+        """
+        if isinstance(outputs, Tensor):
+            return outputs.grad_fn is not None and self._walk([outputs.grad_fn])
+        if isinstance(outputs, dict):
+            outputs = list(outputs.values())
+        if isinstance(outputs, (tuple, list)):
+            return any([self.find(output) for output in outputs])
+        return False
+
+    def _walk(self, nodes: list[Any]) -> bool:
+        found = False
         while nodes:
             node = nodes.pop()
             # The mark lives as long as the node does, which Python's own wrapper of the node need not.
             if node is None or self._mark in node.metadata:
                 continue
-            node.metadata[self._mark] = True
+            node.metadata[self._mark] = found = True
             if isinstance(node, BackwardCFunction):
                 self._adopt(node)
             nodes.extend(previous for previous, _ in node.next_functions)
+        return found
 
     def _adopt(self, node: Any) -> None:
         reference = weakref.ref(node, lambda gone: self._claims.pop(gone, None))
@@ -117,16 +122,24 @@ class NodeAttributes:
 
 
 class ResultWatcher(TorchFunctionMode):
-    """Shows ``on_tensors`` the arguments and results of all torch functions called in its context."""
+    """Looks at the graph behind the arguments and results of all torch functions in its context.
 
-    def __init__(self, on_tensors: Callable[[Any], None]) -> None:
+    Args:
+        find: shown arguments and results; tells whether the graph behind them has grown.
+        mark: called before a function runs; what it gives is handed to ``grown``.
+        grown: called after a function by which the graph has grown.
+    """
+
+    def __init__(self, find: Callable[[Any], bool], mark: Callable[[], int], grown: Callable[[int], None]) -> None:
         super().__init__()
-        self._on_tensors = on_tensors
+        self._find, self._mark, self._grown = find, mark, grown
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self._on_tensors(args)  # of a backward pass above all: the nodes that no function has met yet
+        self._find(args)  # of a backward pass above all: the nodes that no function has met yet
+        mark = self._mark()
         result = func(*args, **(kwargs or {}))
-        self._on_tensors(result)
+        if self._find(result):
+            self._grown(mark)
         return result

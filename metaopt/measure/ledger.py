@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from metaopt.measure.reachable import Block, reachable_blocks
+from torch import Tensor
+
+from metaopt.measure.reachable import Block, Bookkeeping, blocks_of, reachable_blocks
 
 
 class _Entry:
@@ -17,7 +19,7 @@ class _Entry:
         self.block, self.layer, self.claims, self.counts = block, layer, 0, True
 
 
-class Ledger:
+class Ledger(Bookkeeping):
     """Counts each block once, for as long as at least one claim on it lives; it belongs to the layer that came first.
 
     Args:
@@ -60,14 +62,15 @@ class Ledger:
         with self._lock:
             self._passing.extend((block, layer) for block in blocks if block.key not in self._excluded)
 
-    def surface(self, keeper: Any) -> None:
-        """Of what was noticed and is still alive, count what ``keeper`` keeps out of sight, until it is freed."""
+    def surface(self, keeper: Any, unpacked: Tensor, layer: str) -> None:
+        """Count until it is freed what ``keeper`` unpacked, and what it was noticed to get and keeps out of sight."""
         with self._lock:
             passing, self._passing = [item for item in self._passing if not item[0].freed], []
-            kept = {block.key for block in reachable_blocks(keeper)} if passing else set()
-            for block, layer in passing:
-                if block.key in kept:
-                    self._acquire(block, layer, loose=True)
+            kept = {block.key for block in reachable_blocks((keeper, unpacked))} if passing else set()
+            found = [(block, layer) for block, layer in passing if block.key in kept]
+            for block, where in [*found, *((block, layer) for block in blocks_of(unpacked))]:
+                if block.key not in self._excluded:
+                    self._acquire(block, where, loose=True)
 
     def release(self, entries: Iterable[_Entry]) -> None:
         """Drop one claim on each of the blocks."""
@@ -112,7 +115,7 @@ class Ledger:
         self._loose = [entry for entry in self._loose if entry.counts]
 
 
-class Claim:
+class Claim(Bookkeeping):
     """Holds blocks for as long as it lives."""
 
     __slots__ = ("_entries", "_ledger")

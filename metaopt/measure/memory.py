@@ -4,6 +4,7 @@ Counted are
 
 - the tensors that autograd saves, or what ``torch.autograd.graph.saved_tensors_hooks`` inside or around the meter make
   of them: everything that a packed object refers to counts, for as long as the graph keeps the object;
+- what such hooks give back to backward, until it has been used;
 - saved tensors that such hooks keep elsewhere, once backward runs: ``torch.utils.checkpoint`` does so with what it
   recomputes, and it is looked for in all that the unpacking function refers to;
 - what a custom ``autograd.Function`` keeps as attributes of ``ctx`` instead of by ``save_for_backward``.
@@ -13,6 +14,7 @@ variables and extensions in C++, and what selective checkpointing caches unless 
 ``torch.func.grad`` and ``vjp`` refuse hooks; ``torch.autograd.grad`` works under them.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from metaopt.measure.graph import LayerNames, NodeAttributes, ResultWatcher
 from metaopt.measure.ledger import Claim, Ledger
-from metaopt.measure.reachable import blocks_of, reachable_blocks
+from metaopt.measure.reachable import Bookkeeping, blocks_of, reachable_blocks
 
 MIB = 2**20
 
@@ -46,10 +48,18 @@ class _Saved:
 class _Packed:
     """Stands for what somebody else's hook made of a saved tensor; all that it refers to counts while this lives."""
 
-    __slots__ = ("claim", "layer", "value")
+    __slots__ = ("__weakref__", "_ledger", "claim", "layer", "value")
 
-    def __init__(self, value: Any, layer: str, claim: Claim | None) -> None:
-        self.value, self.layer, self.claim = value, layer, claim
+    def __init__(self, value: Any, layer: str, ledger: Ledger) -> None:
+        self.value, self.layer, self._ledger = value, layer, ledger
+        self.claim: Claim | None = None
+
+    def count(self, but: Tensor | None = None) -> None:
+        """Count what the object refers to now, apart from the memory of ``but``."""
+        self.claim = None  # first, or what takes the place of something else would count beside it
+        passed_over = set() if but is None else {block.key for block in blocks_of(but)}
+        blocks = [block for block in reachable_blocks(self.value) if block.key not in passed_over]
+        self.claim = self._ledger.claim(blocks, self.layer, loose=True)
 
 
 class _MeteredPack:
@@ -66,7 +76,7 @@ class _MeteredPack:
         return getattr(self.__dict__["_pack"], name)
 
 
-class MemoryMeter:
+class MemoryMeter(Bookkeeping):
     """Measures the bytes that autograd holds, over every forward and backward pass inside the context.
 
     ``with MemoryMeter([images], model=model) as meter: ...`` then ``meter.peak_mib``. Gradients of any order are the
@@ -90,15 +100,18 @@ class MemoryMeter:
         self._attributes = NodeAttributes(self._ledger, lambda: self._names.current)
         self._names = LayerNames(model, self._attributes.find)
         self._results: ResultWatcher | None = None
+        self._unsettled: list[weakref.ref[_Packed]] = []
 
     @property
     def held_mib(self) -> float:
         """MiB held at this moment."""
+        self._settle()
         return self._ledger.held / MIB
 
     @property
     def peak_mib(self) -> float:
         """The most MiB that were held at once."""
+        self._settle()
         return self._ledger.peak / MIB
 
     @property
@@ -108,6 +121,7 @@ class MemoryMeter:
         SURGEON's layer activation memory (arXiv 2503.20354), measured. ``(outside)`` stands for what no layer of the
         model keeps; everything does where the meter was made without a model.
         """
+        self._settle()
         return {layer: size / MIB for layer, size in self._ledger.peak_by_layer.items()}
 
     @property
@@ -134,7 +148,7 @@ class MemoryMeter:
         )
         _watch_inner_hooks(self)
         self._names.__enter__()
-        self._results = ResultWatcher(self._attributes.find)
+        self._results = ResultWatcher(self._attributes.find, lambda: len(self._unsettled), self._settle)
         self._results.__enter__()
         return self
 
@@ -176,13 +190,29 @@ class MemoryMeter:
             # Checkpointing ends its recomputation so, and has kept this tensor as well: a peak before it unwinds.
             self._ledger.claim(blocks_of(tensor), layer, loose=False)
             raise
-        return _Packed(value, layer, self._ledger.claim(reachable_blocks(value), layer, loose=True))
+        packed = _Packed(value, layer, self._ledger)
+        if isinstance(value, Tensor):
+            packed.count()
+        else:
+            # A hook may decide what to store when the operator is done, and hold the tensor itself until then. So the
+            # object is looked at again after the next operator.
+            packed.count(but=tensor)
+            self._unsettled.append(weakref.ref(packed))
+        return packed
+
+    def _settle(self, count: int | None = None) -> None:
+        """Count what the first ``count`` of the objects that were packed lately, or all of them, have come to hold."""
+        settled, self._unsettled = self._unsettled[:count], [] if count is None else self._unsettled[count:]
+        for reference in settled:
+            packed = reference()
+            if packed is not None:
+                packed.count()
 
     def _unpack_by(self, unpack: Unpack, packed: _Packed) -> Tensor:
+        self._settle()
         tensor = unpack(packed.value)
-        self._ledger.surface((unpack, tensor))
-        packed.claim = None  # first, or what unpacking put in its place would count beside it
-        packed.claim = self._ledger.claim(reachable_blocks(packed.value), packed.layer, loose=True)
+        self._ledger.surface(unpack, tensor, packed.layer)
+        packed.count()
         return tensor
 
 

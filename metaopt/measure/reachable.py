@@ -29,7 +29,25 @@ class Block(NamedTuple):
         return self.reference is not None and self.reference() is None
 
 
-_LEAVES = (type, types.ModuleType, types.FrameType, types.CodeType, str, int, float, complex, torch.dtype, torch.device)
+class Bookkeeping:
+    """Base of objects that count memory and hold none, where a search for what is held stops."""
+
+    __slots__ = ()
+
+
+_LEAVES = (
+    Bookkeeping,
+    type,
+    types.ModuleType,
+    types.FrameType,
+    types.CodeType,
+    str,
+    int,
+    float,
+    complex,
+    torch.dtype,
+    torch.device,
+)
 
 
 def _strided_parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -58,7 +76,8 @@ def reachable_blocks(root: Any) -> Iterator[Block]:
     """The memory that ``root`` keeps alive, each block at least once.
 
     Followed are containers, attributes, slots, closures, partial functions and bound methods; NumPy arrays and bytes
-    count too. Not followed are modules, parameters, classes and weak references, nor the graph behind a tensor.
+    count too. Not followed are modules, parameters, classes, weak references and `Bookkeeping`, nor the graph behind a
+    tensor.
     """
     seen: set[int] = set()
     pending: list[Any] = [root]

@@ -7,9 +7,11 @@ from difflib import get_close_matches
 from torch import Tensor
 
 from metaopt.errors import ConfigError
+from metaopt.objectives.consistency import view_consistency
 from metaopt.objectives.discrepancy import feature_discrepancy
 from metaopt.objectives.diversity import negative_mean_entropy
 from metaopt.objectives.entropy import softmax_entropy
+from metaopt.objectives.filtered import filtered_entropy
 from metaopt.objectives.slr import soft_likelihood_ratio
 from metaopt.types import ForwardOutput, SourceStatistics
 
@@ -24,10 +26,12 @@ class ObjectiveTerm:
     function: TermFunction
     per_sample: bool  # whether ``function`` gives one value per sample, (B,), or a scalar for the whole batch
     needs_features: bool = False  # whether it reads ``ForwardOutput.features``
+    needs_view: bool = False  # whether it reads ``ForwardOutput.view_logits``
 
 
 OBJECTIVE_TERMS: dict[str, ObjectiveTerm] = {
     "entropy": ObjectiveTerm(lambda output, _: softmax_entropy(output.logits), per_sample=True),
+    "filtered": ObjectiveTerm(lambda output, _: filtered_entropy(output.logits), per_sample=True),
     "slr": ObjectiveTerm(lambda output, _: soft_likelihood_ratio(output.logits), per_sample=True),
     "diversity": ObjectiveTerm(lambda output, _: negative_mean_entropy(output.logits), per_sample=False),
     "discrepancy": ObjectiveTerm(
@@ -35,10 +39,15 @@ OBJECTIVE_TERMS: dict[str, ObjectiveTerm] = {
         per_sample=False,
         needs_features=True,
     ),
+    "consistency": ObjectiveTerm(
+        lambda output, _: view_consistency(output.logits, output.view_logits), per_sample=True, needs_view=True
+    ),
 }
 
 
-def register_term(name: str, function: TermFunction, *, per_sample: bool, needs_features: bool = False) -> None:
+def register_term(
+    name: str, function: TermFunction, *, per_sample: bool, needs_features: bool = False, needs_view: bool = False
+) -> None:
     """Add a term under ``name``, from then on valid in every objective.
 
     Raises:
@@ -48,7 +57,7 @@ def register_term(name: str, function: TermFunction, *, per_sample: bool, needs_
         raise ConfigError(f"objective term {name!r} is no identifier; use letters, digits and underscores")
     if name in OBJECTIVE_TERMS:
         raise ConfigError(f"objective term {name!r} is already registered; choose a name other than {_known()}")
-    OBJECTIVE_TERMS[name] = ObjectiveTerm(function, per_sample=per_sample, needs_features=needs_features)
+    OBJECTIVE_TERMS[name] = ObjectiveTerm(function, per_sample, needs_features, needs_view)
 
 
 def get_term(name: str) -> ObjectiveTerm:

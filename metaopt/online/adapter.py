@@ -86,11 +86,11 @@ class OnlineAdapter:
         """As a call, with the loss and its terms beside the logits; all detached."""
         if self._frozen or self.apply is None:
             with torch.no_grad():
-                output = self.policy.evaluate(self.model, self.parameters, images)
+                output = self.policy.evaluate(self.model, self.parameters, images, self.updates)
         else:
             with torch.enable_grad():
                 self.parameters, self.state, output = self.policy.step(
-                    self.model, self.parameters, self.state, images, self.apply
+                    self.model, self.parameters, self.state, images, self.apply, self.updates
                 )
         if not self._frozen:
             self.steps += 1

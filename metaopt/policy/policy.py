@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metaopt.objectives import WeightedObjective
+from metaopt.data.seeding import generator_for
+from metaopt.objectives import WeightedObjective, augmented_view
 from metaopt.policy.state import PolicyState
 from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
 
@@ -39,6 +40,7 @@ class AdaptationPolicy(nn.Module):
         rule: update rule; None for a method that never updates. A learned rule is an ``nn.Module`` and its tensors are
             learned together with the objective's weights.
         statistics: source statistics of the features, where the objective needs them.
+        seed: of the augmented views, where the objective compares two; with a step's number it tells its view.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class AdaptationPolicy(nn.Module):
         objective: WeightedObjective | None = None,
         rule: UpdateRule | None = None,
         statistics: SourceStatistics | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
@@ -58,6 +61,7 @@ class AdaptationPolicy(nn.Module):
         self.objective = objective
         self.rule = rule
         self.statistics = statistics
+        self.seed = seed
         self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
         self.training: dict[str, Any] = {}  # how it was meta-trained: primitives, for reports
 
@@ -76,13 +80,14 @@ class AdaptationPolicy(nn.Module):
         """State before the first batch."""
         return PolicyState(rule=None if self.rule is None else self.rule.init(parameters))
 
-    def evaluate(self, model: nn.Module, parameters: Parameters, images: Tensor) -> StepOutput:
+    def evaluate(self, model: nn.Module, parameters: Parameters, images: Tensor, step: int = 0) -> StepOutput:
         """Predict and weigh the loss, without an update.
 
         Args:
             model: source model, called through ``torch.func.functional_call``.
             parameters: adapted tensors that stand in for the model's own.
             images: (B, 3, H, W) in [0, 1].
+            step: number of updates before this one, which an augmented view of the images is drawn from.
         """
         arguments = {
             "batch_statistics": self.batch_statistics,
@@ -91,11 +96,21 @@ class AdaptationPolicy(nn.Module):
         output = functional_call(model, parameters, (images,), arguments)
         if self.objective is None:
             return StepOutput(output.logits)
+        if self.objective.needs_view:
+            view = augmented_view(images, generator_for("view", self.seed, step))
+            viewed = functional_call(model, parameters, (view,), {"batch_statistics": self.batch_statistics})
+            output = output._replace(view_logits=viewed.logits)
         loss, terms = self.objective.loss(output, self.statistics)
         return StepOutput(output.logits, loss, terms)
 
     def step(
-        self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor, apply: ApplyUpdate | None
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        state: PolicyState,
+        images: Tensor,
+        apply: ApplyUpdate | None,
+        step: int = 0,
     ) -> tuple[Parameters, PolicyState, StepOutput]:
         """The one adaptation step: predict on a batch, then update on it.
 
@@ -107,11 +122,12 @@ class AdaptationPolicy(nn.Module):
             state: state before this batch.
             images: (B, 3, H, W) in [0, 1].
             apply: how a loss becomes new parameters; None only for a method that never updates.
+            step: as in :meth:`evaluate`.
 
         Returns:
             Parameters and state after this batch, and the predictions made *before* the update.
         """
-        output = self.evaluate(model, parameters, images)
+        output = self.evaluate(model, parameters, images, step)
         if output.loss is None or apply is None:
             return parameters, state, output
         parameters, rule_state = apply(output.loss, parameters, state.rule)

@@ -43,6 +43,22 @@ def test_the_unroll_is_deployment(model: str, variant: str) -> None:
             torch.testing.assert_close(tensor.detach(), adapter.parameters[name].detach(), rtol=0.0, atol=1e-12)
 
 
+def test_the_unroll_draws_the_views_that_deployment_draws() -> None:
+    network, batches = tiny_resnet(), task(4)
+    policy = policy_for(network, terms={"filtered": 1.0, "entropy": 0.1, "consistency": 2.0})
+    adapter = OnlineAdapter(tiny_resnet(), policy)
+    for batch in batches[:-1]:
+        adapter.step(batch.images)
+    plain = unrolled_loss(policy, network, start(network), batches, TeacherLoss())
+    for gradient in GRADIENTS:
+        taken = meta_gradient(
+            policy, network, start(network), None, batches, TeacherLoss(), config=UnrollConfig(gradient)
+        )
+        torch.testing.assert_close(torch.stack(taken.losses), torch.stack(plain), rtol=0.0, atol=1e-12)
+        for name, tensor in taken.parameters.items():
+            torch.testing.assert_close(tensor.detach(), adapter.parameters[name].detach(), rtol=0.0, atol=1e-12)
+
+
 def with_rule(rule: UpdateRule) -> AdaptationPolicy:
     if isinstance(rule, torch.nn.Module):
         with torch.no_grad():

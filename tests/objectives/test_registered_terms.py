@@ -24,7 +24,8 @@ def random_output(dtype: torch.dtype = torch.float32, samples: int = SAMPLES) ->
     generator = torch.Generator().manual_seed(3)
     features = tuple(torch.randn(samples, width, generator=generator, dtype=torch.float64) for width in WIDTHS)
     logits = torch.randn(samples, CLASSES, generator=generator, dtype=torch.float64)
-    return ForwardOutput(logits.to(dtype), tuple(block.to(dtype) for block in features))
+    view = torch.randn(samples, CLASSES, generator=generator, dtype=torch.float64)
+    return ForwardOutput(logits.to(dtype), tuple(block.to(dtype) for block in features), view.to(dtype))
 
 
 def extreme_output(gap: float, samples: int = SAMPLES) -> ForwardOutput:
@@ -34,11 +35,12 @@ def extreme_output(gap: float, samples: int = SAMPLES) -> ForwardOutput:
     features = tuple(block.clone() for block in random_output(samples=samples).features)
     features[0][:, 0] = 0.0
     features[1][:, 1] = 0.1
-    return ForwardOutput(logits, features)
+    return ForwardOutput(logits, features, logits.roll(1, dims=1))  # the view predicts what the image rules out
 
 
 def leaves(output: ForwardOutput) -> tuple[Tensor, ...]:
-    return tuple(tensor.requires_grad_() for tensor in (output.logits, *output.features))
+    assert output.view_logits is not None
+    return tuple(tensor.requires_grad_() for tensor in (output.logits, output.view_logits, *output.features))
 
 
 @pytest.fixture(params=sorted(OBJECTIVE_TERMS))
@@ -79,7 +81,9 @@ def test_scalar_is_the_mean_over_the_samples(name: str) -> None:
 def test_order_of_the_batch_does_not_matter(name: str) -> None:
     output = random_output(torch.float64)
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))
-    shuffled = ForwardOutput(output.logits[order], tuple(block[order] for block in output.features))
+    assert output.view_logits is not None
+    features = tuple(block[order] for block in output.features)
+    shuffled = ForwardOutput(output.logits[order], features, output.view_logits[order])
     objective = WeightedObjective({name: 1.0})
     given = statistics(torch.float64)
     torch.testing.assert_close(
@@ -95,7 +99,8 @@ def test_shifting_all_logits_changes_nothing(name: str) -> None:
     output = random_output(torch.float64)
     objective = WeightedObjective({name: 1.0})
     given = statistics(torch.float64)
-    shifted = output._replace(logits=output.logits + 5.0)
+    assert output.view_logits is not None
+    shifted = output._replace(logits=output.logits + 5.0, view_logits=output.view_logits - 3.0)
     torch.testing.assert_close(objective.terms(shifted, given), objective.terms(output, given), rtol=1e-11, atol=0.0)
 
 
@@ -113,18 +118,22 @@ def test_type_and_device_of_the_output_are_kept(name: str, dtype: torch.dtype) -
 def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     half = random_output(dtype)
     half = half._replace(features=tuple(300 * block for block in half.features))  # squares overflow float16
-    single = ForwardOutput(half.logits.float(), tuple(block.float() for block in half.features))
+    assert half.view_logits is not None
+    features = tuple(block.float() for block in half.features)
+    single = ForwardOutput(half.logits.float(), features, half.view_logits.float())
     objective = WeightedObjective({name: 1.0})
     values = objective.terms(half, statistics())
     assert values[name].dtype == torch.float32
     torch.testing.assert_close(values, objective.terms(single, statistics()))
 
 
-def test_only_terms_that_need_features_touch_them(name: str) -> None:
+def test_only_terms_that_need_features_or_a_view_touch_them(name: str) -> None:
     output = random_output()
-    loss, _ = WeightedObjective({name: 1.0}).loss(output._replace(features=leaves(output)[1:]), statistics())
-    reached = torch.autograd.grad(loss, output.features, allow_unused=True)
-    assert any(gradient is not None for gradient in reached) == get_term(name).needs_features
+    inputs = leaves(output)
+    loss, _ = WeightedObjective({name: 1.0}).loss(output, statistics())
+    _, view, *features = torch.autograd.grad(loss, inputs, allow_unused=True)
+    assert any(gradient is not None for gradient in features) == get_term(name).needs_features
+    assert (view is not None) == get_term(name).needs_view
 
 
 @pytest.fixture
@@ -156,5 +165,7 @@ def test_a_bad_registration_is_refused(registry: dict, name: str, message: str) 
 def test_an_unknown_term_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown objective term 'entropi'.*did you mean 'entropy'\?"):
         get_term("entropi")
-    with pytest.raises(ConfigError, match=r"'zzz'; known terms: entropy, slr, diversity, discrepancy; choose"):
+    with pytest.raises(
+        ConfigError, match=r"'zzz'; known terms: entropy, filtered, slr, diversity, discrepancy, consistency; choose"
+    ):
         get_term("zzz")

@@ -12,13 +12,15 @@ from metaopt.errors import ConfigError
 from metaopt.objectives import (
     biased_std,
     feature_discrepancy,
+    filtered_entropy,
     negative_mean_entropy,
     soft_likelihood_ratio,
     softmax_entropy,
+    view_consistency,
 )
 from metaopt.types import SourceStatistics
 
-LOGIT_TERMS = [softmax_entropy, soft_likelihood_ratio, negative_mean_entropy]
+LOGIT_TERMS = [softmax_entropy, filtered_entropy, soft_likelihood_ratio, negative_mean_entropy]
 
 
 def random_logits(samples: int = 7, classes: int = 5, scale: float = 3.0) -> Tensor:
@@ -231,3 +233,45 @@ def test_one_constant_feature_leaves_the_others_gradient_alone() -> None:
 def test_discrepancy_refuses_what_it_cannot_compare(features, statistics, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         feature_discrepancy(features, statistics)
+
+
+def test_filtered_entropy_matches_numpy_over_the_samples_that_pass() -> None:
+    logits = random_logits(samples=40, scale=4.0)
+    p = numpy_softmax(logits)
+    entropy, margin = -(p * np.log(p)).sum(axis=1), 0.4 * math.log(5)
+    certain = entropy[entropy < margin]
+    assert 0 < len(certain) < 40
+    expected = (np.exp(margin - certain) * certain).mean()
+    assert filtered_entropy(logits).mean().item() == pytest.approx(expected, rel=1e-12)
+    assert ((filtered_entropy(logits) > 0).numpy() == (entropy < margin)).all()
+
+
+def test_the_gradient_of_filtered_entropy_takes_its_weights_for_constants() -> None:
+    logits = random_logits(samples=40, scale=4.0).requires_grad_()
+    (gradient,) = torch.autograd.grad(filtered_entropy(logits).mean(), logits)
+    entropy = softmax_entropy(logits)
+    passes = entropy.detach() < 0.4 * math.log(5)
+    weight = (0.4 * math.log(5) - entropy.detach()).exp() * passes / passes.sum()
+    (expected,) = torch.autograd.grad((weight * entropy).sum(), logits)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0.0)
+
+
+def test_filtered_entropy_of_nothing_but_uncertain_samples_is_zero() -> None:
+    logits = torch.zeros(3, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(filtered_entropy(logits).mean(), logits)
+    assert torch.equal(filtered_entropy(logits), torch.zeros(3)) and torch.equal(gradient, torch.zeros(3, 5))
+
+
+def test_consistency_matches_numpy_and_both_views_learn() -> None:
+    logits, view = random_logits().requires_grad_(), random_logits().flip(0).requires_grad_()
+    p, q = numpy_softmax(logits.detach()), numpy_softmax(view.detach())
+    values = view_consistency(logits, view)
+    np.testing.assert_allclose(values.detach(), -0.05 * (p * np.log(q)).sum(axis=1), rtol=1e-12)
+    assert gradcheck(view_consistency, (logits, view)) and gradgradcheck(view_consistency, (logits, view))
+    (slope,) = torch.autograd.grad(values.sum(), view)
+    np.testing.assert_allclose(slope, 0.05 * (q - p), rtol=1e-10, atol=1e-16)
+
+
+def test_consistency_without_a_view_is_answered_with_how_to_give_it() -> None:
+    with pytest.raises(ConfigError, match=r"'consistency' got no logits of an augmented view.*view_logits"):
+        view_consistency(random_logits(), None)

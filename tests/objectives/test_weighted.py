@@ -42,7 +42,8 @@ def test_weights_scale_the_terms_in_the_order_given() -> None:
 
 def test_it_is_an_objective_as_the_step_expects() -> None:
     objective: Objective = WeightedObjective({"slr": 1.0})
-    assert objective.needs_features is False
+    assert objective.needs_features is False and objective.needs_view is False
+    assert WeightedObjective({"slr": 1.0, "consistency": 1.0}).needs_view is True
     assert WeightedObjective({"slr": 1.0, "discrepancy": 0.4 / 64}).needs_features is True
 
 

@@ -22,6 +22,9 @@ BATCHES = [random_images(8, seed) for seed in range(8)]
 UPDATING: dict[str, Callable[[], AdaptationPolicy]] = {
     "tent": lambda: build_method(MethodConfig("tent", update="adam", lr=1e-2, objective={"entropy": 1.0})),
     "sgd": lambda: build_method(MethodConfig("sgd", update="sgd", lr=1e-2, objective={"slr": 1.0, "diversity": 1.0})),
+    "two views": lambda: build_method(
+        MethodConfig("two views", update="adam", lr=1e-2, objective={"filtered": 1.0, "consistency": 1.0})
+    ),
     **{variant: lambda variant=variant: tiny_policy(tiny_model(), variant) for variant in VARIANTS},
 }
 METHODS = {
@@ -103,6 +106,20 @@ def test_frozen_changes_nothing(method: str) -> None:
         assert not first.requires_grad
     assert (adapter.steps, adapter.updates) == counts
     assert same(run(adapter, BATCHES[3:]), run(undisturbed, BATCHES[3:]))
+
+
+def test_an_augmented_view_depends_on_the_step_and_the_seed() -> None:
+    adapter = new_adapter("two views")
+
+    def loss(steps: int, seed: int) -> float:
+        adapter.steps, adapter.policy.seed = steps, seed
+        with adapter.frozen():
+            value = adapter.step(BATCHES[0]).loss
+        assert value is not None
+        return value.item()
+
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
 
 
 def test_frozen_ends_with_an_error_too() -> None:
