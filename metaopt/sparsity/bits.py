@@ -1,0 +1,62 @@
+"""Small integers in few bits: b-bit codes as planes of 4, 2 and 1 bits.
+
+A plane of width w holds 8 / w codes a byte: byte j keeps codes j, j + m, j + 2m, ... of the m bytes' worth, so that
+packing and unpacking are a few element-wise operations on contiguous pieces, on any device. 3 bits are a plane of 2 and
+one of 1, and so on; 8 bits are the codes themselves.
+"""
+
+import torch
+from torch import Tensor
+
+GROUP = 8
+"""Codes are packed in multiples of this many."""
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of ``count`` codes, rounded up to whole groups."""
+    return -(-count // GROUP) * bits
+
+
+def pack_codes(codes: Tensor, bits: int, out: Tensor) -> None:
+    """Write codes into ``out``.
+
+    Args:
+        codes: (8 m,) uint8, each below 2 ** bits.
+        bits: 1 to 8.
+        out: (m * bits,) uint8.
+    """
+    if bits == 8:
+        out.copy_(codes)
+        return
+    groups, start, shift = codes.numel() // GROUP, 0, 0
+    for width in (4, 2, 1):
+        if not bits & width:
+            continue
+        part = codes if bits == width else (codes >> shift).bitwise_and_(2**width - 1)
+        plane = out[start : start + groups * width]
+        pieces = part.view(GROUP // width, -1)
+        plane.copy_(pieces[0])
+        for index in range(1, GROUP // width):
+            plane.add_(pieces[index], alpha=1 << (width * index))
+        start, shift = start + groups * width, shift + width
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of :func:`pack_codes`: (m * bits,) uint8 to (8 m,) uint8."""
+    if bits == 8:
+        return packed
+    groups, start, shift = packed.numel() // bits, 0, 0
+    codes = torch.empty(groups * GROUP, dtype=torch.uint8, device=packed.device)
+    for width in (4, 2, 1):
+        if not bits & width:
+            continue
+        plane = packed[start : start + groups * width]
+        part = codes if shift == 0 else torch.empty_like(codes)
+        for index, piece in enumerate(part.view(GROUP // width, -1)):
+            torch.bitwise_right_shift(plane, width * index, out=piece)
+        if width * (GROUP // width - 1):
+            part.bitwise_and_(2**width - 1)
+        if shift:
+            codes.add_(part, alpha=1 << shift)
+        start, shift = start + groups * width, shift + width
+    return codes

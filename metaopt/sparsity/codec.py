@@ -1,0 +1,274 @@
+"""How one tensor is stored between forward and backward: the codecs, and the rate that chooses among them.
+
+Every pack owns its buffers, says how many bytes they are, and gives the tensor back in its own shape, type and memory
+format. Packs never change, so that one may serve several nodes and several backward passes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metaopt.errors import ConfigError
+from metaopt.sparsity.bits import pack_codes, packed_bytes, unpack_codes
+from metaopt.sparsity.layout import Layout
+from metaopt.sparsity.ledger import Hold, Ledger
+
+CODE_BITS = tuple(range(1, 9))
+ALLOWED_BITS = (*CODE_BITS, 16, 32)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How finely one layer's activations are stored: one decision of two numbers.
+
+    Bits per entry: 32 as they are, 16 as half floats, 8 to 1 as codes per channel; and the share of the entries that is
+    kept, those farthest from the channel's centre.
+    """
+
+    bits: int = 32
+    keep: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check both against their range."""
+        if self.bits not in ALLOWED_BITS:
+            raise ConfigError(f"a rate has bits={self.bits}; allowed are 1 to 8, 16 or 32: set for example bits=4")
+        if not 0.0 <= self.keep <= 1.0:
+            raise ConfigError(f"a rate has keep={self.keep}; allowed is 0 to 1: set for example keep=0.5")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether tensors are stored as they are."""
+        return self.bits == 32 and self.keep == 1.0
+
+
+class Packed(Protocol):
+    """One stored tensor."""
+
+    lossy: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its own buffers."""
+        ...
+
+    def unpack(self) -> Tensor:
+        """The tensor, or what stands for it in backward."""
+        ...
+
+
+class Kept:
+    """The tensor itself.
+
+    Hooks switch off autograd's check for tensors that were changed in place after they were saved; it is made here.
+    """
+
+    lossy = False
+
+    def __init__(self, tensor: Tensor, ledger: Ledger | None) -> None:
+        # Detached: a saved output that still carries its grad_fn would keep its own node, and so itself, alive.
+        self._tensor = tensor.detach()
+        self._version = tensor._version
+        self._hold = None if ledger is None else ledger.hold(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, which views share; nothing for what is alive anyway."""
+        return 0 if self._hold is None else self._tensor.untyped_storage().nbytes()
+
+    def unpack(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it was changed in place since.
+        """
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self._tensor.shape)} that backward needs was changed in place after it was "
+                f"saved (version {self._tensor._version}, saved at version {self._version}): change a clone instead"
+            )
+        return self._tensor
+
+
+class Stub:
+    """Stands for a tensor of which backward reads the shape and memory format alone."""
+
+    lossy = False
+    nbytes = 0
+
+    def __init__(self, tensor: Tensor, zeros: bool = False) -> None:
+        self._shape, self._strides = tuple(tensor.shape), tensor.stride()
+        self._options = {"dtype": tensor.dtype, "device": tensor.device}
+        self._zeros = zeros
+
+    def unpack(self) -> Tensor:
+        """Zeros without memory, or memory that nobody writes to and reads."""
+        if self._zeros:
+            return torch.zeros((), **self._options).expand(self._shape)
+        return torch.empty_strided(self._shape, self._strides, **self._options)
+
+
+class Half:
+    """Half floats: float16 where the values fit, else bfloat16."""
+
+    lossy = True
+
+    def __init__(self, tensor: Tensor, ledger: Ledger) -> None:
+        self._dtype = tensor.dtype
+        low, high = torch.aminmax(tensor.detach())
+        fits = bool(torch.maximum(-low, high) < torch.finfo(torch.float16).max)
+        self._values = tensor.detach().to(torch.float16 if fits else torch.bfloat16)
+        self._hold = ledger.hold(self._values)
+
+    @property
+    def nbytes(self) -> int:
+        """Two bytes an element."""
+        return self._values.untyped_storage().nbytes()
+
+    def unpack(self) -> Tensor:
+        """The values in their own type."""
+        return self._values.to(self._dtype)
+
+
+class _Payload:
+    """Codes of b bits and the layout that they are in."""
+
+    __slots__ = ("_hold", "bits", "buffer", "layout")
+
+    def __init__(self, layout: Layout, bits: int, ledger: Ledger) -> None:
+        self.layout, self.bits = layout, bits
+        self.buffer = torch.empty(layout.groups * bits, dtype=torch.uint8, device=layout.device)
+        self._hold: Hold = ledger.hold(self.buffer)
+
+    def write(self, codes_of: Callable[[Tensor], Tensor], tensor: Tensor) -> None:
+        """Store ``codes_of(piece)``, uint8 of any shape, of each piece of ``tensor``'s physical view."""
+        physical = self.layout.physical(tensor)
+        for piece in self.layout.pieces():
+            codes = codes_of(piece.rows(physical)).reshape(-1)
+            if piece.elements % 8:
+                codes = torch.nn.functional.pad(codes, (0, piece.groups * 8 - piece.elements))
+            start = piece.first_group * self.bits
+            pack_codes(codes, self.bits, self.buffer[start : start + piece.groups * self.bits])
+
+
+class Bits:
+    """A mask, one bit an entry; comes back as the two values given."""
+
+    lossy = False
+
+    def __init__(self, tensor: Tensor, test: Callable[[Tensor], Tensor], values: tuple[float, float], ledger: Ledger):
+        self._payload = _Payload(Layout.of(tensor), 1, ledger)
+        self._values = values  # where the test fails, where it holds
+        self._payload.write(lambda piece: test(piece).view(torch.uint8), tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """An eighth of a byte an entry."""
+        return self._payload.buffer.numel()
+
+    def unpack(self) -> Tensor:
+        """One value or the other, in the tensor's own type."""
+        low, high = self._values
+        layout = self._payload.layout
+        result, physical = layout.empty()
+        flat = physical.view(-1)
+        done = 0
+        for piece in layout.pieces():
+            bits = unpack_codes(self._payload.buffer[piece.first_group : piece.first_group + piece.groups], 1)
+            part = flat[done : done + piece.elements]
+            part.copy_(bits[: piece.elements])
+            if (low, high) != (0.0, 1.0):
+                part.mul_(high - low).add_(low)
+            done += piece.elements
+        return result
+
+
+class Codes:
+    """Uniform codes: entry = scale * code + offset, both broadcast along the channels.
+
+    Args:
+        tensor: what is stored.
+        bits: 1 to 8.
+        scale: width of a bin, shaped to broadcast to the tensor dimension by dimension.
+        low: lower edge of the first bin; values beyond the bins fall into the outermost.
+        values: reconstruction of code 0 and the distance to that of code 1, where they are not the bins' centres.
+    """
+
+    lossy = True
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        bits: int,
+        scale: Tensor,
+        low: Tensor,
+        ledger: Ledger,
+        values: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        layout = Layout.of(tensor)
+        self._payload = _Payload(layout, bits, ledger)
+        factor, shift = layout.physical(scale.reciprocal()), layout.physical(-low / scale)
+        # Rows that the affine tensors do not vary along are cut with the piece, the others with them.
+        varies = factor.shape[0] > 1
+        top, position = 2**bits - 0.5, 0
+
+        def codes_of(piece: Tensor) -> Tensor:
+            nonlocal position
+            rows = slice(position, position + piece.shape[0]) if varies else slice(None)
+            position += piece.shape[0]
+            scaled = torch.mul(piece, factor[rows]).add_(shift[rows])
+            # By way of int32: torch converts floats to bytes one at a time.
+            return scaled.clamp_(0, top).to(torch.int32).to(torch.uint8)
+
+        self._payload.write(codes_of, tensor.detach())
+        self.offset, self.scale = (low + scale / 2, scale) if values is None else values
+
+    @property
+    def nbytes(self) -> int:
+        """b / 8 bytes an entry and two numbers a channel."""
+        affine = (self.offset, self.scale)
+        return self._payload.buffer.numel() + sum(tensor.numel() * tensor.element_size() for tensor in affine)
+
+    def unpack(self) -> Tensor:
+        """The values, in the tensor's own type."""
+        return self.decode(self.offset, self.scale)
+
+    def decode(self, offset: Tensor, scale: Tensor) -> Tensor:
+        """``scale * code + offset`` with other numbers, which gives any affine function of the stored tensor."""
+        payload, layout = self._payload, self._payload.layout
+        result, physical = layout.empty(torch.promote_types(layout.dtype, scale.dtype))
+        scale, offset = layout.physical(scale), layout.physical(offset)
+        for piece in layout.pieces():
+            start = piece.first_group * payload.bits
+            codes = unpack_codes(payload.buffer[start : start + piece.groups * payload.bits], payload.bits)
+            rows = physical[piece.start : piece.stop]
+            rows.copy_(codes[: piece.elements].view(rows.shape))
+            rows.mul_(piece.rows(scale)).add_(piece.rows(offset))
+        return result.to(layout.dtype)
+
+
+class Derived:
+    """What is computed from other packs, which cost nothing here."""
+
+    nbytes = 0
+
+    def __init__(self, compute: Callable[[], Tensor], *parents: Packed, lossy: bool | None = None) -> None:
+        self._compute, self._parents = compute, parents
+        self.lossy = any(parent.lossy for parent in parents) if lossy is None else lossy
+
+    def unpack(self) -> Tensor:
+        """Compute it again."""
+        with torch.no_grad():
+            return self._compute()
+
+
+def affine_bytes(numel: int, channels: int, rate: Rate) -> int:
+    """Bytes of a float32 tensor of ``numel`` entries in ``channels`` channels at a rate."""
+    if rate.bits >= 16:
+        values = numel * rate.bits // 8
+        return values if rate.keep == 1.0 else round(values * rate.keep) + packed_bytes(numel, 1)
+    kept = numel if rate.keep == 1.0 else round(numel * rate.keep)
+    mask = 0 if rate.keep == 1.0 else packed_bytes(numel, 1)
+    return packed_bytes(kept, rate.bits) + mask + 2 * 4 * channels

@@ -1,0 +1,184 @@
+"""What the operators' rules work with: the call that is running, the slots that it saved, and how tensors get stored."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from metaopt.errors import ConfigError
+from metaopt.sparsity.codec import Codes, Derived, Half, Kept, Packed, Rate
+from metaopt.sparsity.ledger import Ledger
+
+SMALL = 1024
+"""Tensors of fewer elements are kept as they are."""
+
+
+class Slot:
+    """Stands in the graph for one saved tensor; holds it until the operator is done, and its pack from then on."""
+
+    __slots__ = ("_ledger", "packed", "tensor")
+
+    def __init__(self, tensor: Tensor, ledger: Ledger) -> None:
+        self.tensor: Tensor | None = tensor
+        self.packed: Packed | None = None
+        self._ledger = ledger
+
+    @property
+    def saved(self) -> Tensor:
+        """What autograd gave; only until the slot is filled."""
+        assert self.tensor is not None
+        return self.tensor
+
+    def fill(self, packed: Packed) -> None:
+        """Store the tensor as ``packed`` and let go of it."""
+        self.packed, self.tensor = packed, None
+
+    def unpack(self) -> Tensor:
+        """What backward gets.
+
+        Raises:
+            ConfigError: a second derivative is asked of codes.
+        """
+        assert self.packed is not None
+        if self.packed.lossy and torch.is_grad_enabled():
+            raise ConfigError(
+                "second derivatives need activations as they were, and memory=compact or pruned keeps codes; allowed are "
+                "memory=exact or dense: set one, or meta.gradient=first_order"
+            )
+        tensor = self.packed.unpack()
+        return tensor if isinstance(self.packed, Kept) else self._ledger.lend(tensor)
+
+
+@dataclass
+class Call:
+    """One operator: what it was given, what it gave, and what it saved."""
+
+    function: Callable | None
+    arguments: tuple
+    named: dict[str, Any]
+    result: Any = None
+    slots: list[Slot] = field(default_factory=list)
+    source: Packed | None = None  # how the first argument is known to be stored
+
+    def get(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or by name."""
+        return self.arguments[position] if len(self.arguments) > position else self.named.get(name, default)
+
+    def look_up(self, store: "Store") -> None:
+        """Find how the first argument is stored; before the call, which may overwrite it."""
+        first = self.get(0, "input")
+        if isinstance(first, Tensor):
+            self.source = store.known(first)
+
+    def slots_of(self, tensor: Any) -> list[Slot]:
+        """The slots that hold ``tensor`` and are not filled yet."""
+        return [slot for slot in self.open if isinstance(tensor, Tensor) and same(slot.saved, tensor)]
+
+    @property
+    def open(self) -> list[Slot]:
+        """Slots that are not filled yet."""
+        return [slot for slot in self.slots if slot.packed is None]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory, seen the same way."""
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+    )
+
+
+_View = tuple[int, torch.dtype, torch.Size, tuple[int, ...], int]
+
+
+def _view(tensor: Tensor) -> _View:
+    """Which elements of its storage a tensor shows, and the version of what is there."""
+    return tensor._version, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+class Store:
+    """Turns tensors into packs, each storage once.
+
+    It remembers, for as long as the storage lives, how a tensor was stored, or from what it can be computed: so a ReLU
+    needs no mask where the codes of the normalised activation before it tell the sign.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.rate = Rate()
+        self._excluded: dict[int, Tensor] = {}
+        self._known: dict[int, tuple[StorageWeakRef, dict[_View, Packed]]] = {}
+        self._seen: dict[int, StorageWeakRef] = {}
+
+    def exclude(self, tensor: Tensor) -> None:
+        """Never store or count this tensor's storage: it is alive anyway."""
+        self._excluded[tensor.untyped_storage()._cdata] = tensor.detach()
+
+    def forget(self) -> None:
+        """Drop what was remembered about tensors, or it would outlive its use in backward; packs in the graph stay."""
+        self._known.clear()
+        self._seen.clear()
+
+    def clear(self) -> None:
+        """Forget everything, the excluded tensors included."""
+        self.forget()
+        self._excluded.clear()
+
+    def alive_anyway(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a parameter, a buffer, or a leaf that stands in for one."""
+        return tensor.untyped_storage()._cdata in self._excluded or (tensor.is_leaf and tensor.requires_grad)
+
+    def known(self, tensor: Tensor) -> Packed | None:
+        """How this tensor is stored or can be computed, where that is known."""
+        entry = self._known.get(tensor.untyped_storage()._cdata)
+        return None if entry is None or entry[0].expired() else entry[1].get(_view(tensor))
+
+    def remember(self, tensor: Tensor, packed: Packed) -> Packed:
+        """Note how this tensor is stored or can be computed."""
+        key = tensor.untyped_storage()._cdata
+        entry = self._known.get(key)
+        if entry is None or entry[0].expired():
+            # The weak reference keeps the storage's address from being given to another one.
+            entry = self._known[key] = (StorageWeakRef(tensor.untyped_storage()), {})
+        entry[1][_view(tensor)] = packed
+        return packed
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """The tensor as it is; a copy where it is a small part of a large storage that it would keep alive."""
+        if self.alive_anyway(tensor):
+            return Kept(tensor, None)
+        if 4 * tensor.nbytes <= tensor.untyped_storage().nbytes():
+            tensor = tensor.detach().clone()
+        return Kept(tensor, self.ledger)
+
+    def any(self, tensor: Tensor) -> Packed:
+        """A tensor of which nothing is known but that it is needed."""
+        if self.alive_anyway(tensor) or tensor.numel() < SMALL:
+            return self.keep(tensor)
+        known = self.known(tensor)
+        if known is not None:
+            return known
+        if not tensor.is_floating_point() or self.rate.lossless:
+            return self.keep(tensor)
+        return self.remember(tensor, Half(tensor, self.ledger))
+
+    def dense_bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of the storages that plain torch would keep from here on."""
+        total = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            entry = self._seen.get(storage._cdata)
+            if self.alive_anyway(tensor) or (entry is not None and not entry.expired()):
+                continue
+            self._seen[storage._cdata] = StorageWeakRef(storage)
+            total += storage.nbytes()
+        return total
+
+
+__all__ = ["Call", "Codes", "Derived", "Slot", "Store", "same"]
