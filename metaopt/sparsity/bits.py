@@ -52,10 +52,9 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
             continue
         plane = packed[start : start + groups * width]
         part = codes if shift == 0 else torch.empty_like(codes)
-        for index, piece in enumerate(part.view(GROUP // width, -1)):
-            torch.bitwise_right_shift(plane, width * index, out=piece)
-        if width * (GROUP // width - 1):
-            part.bitwise_and_(2**width - 1)
+        shifts = torch.arange(0, GROUP, width, dtype=torch.uint8, device=packed.device)
+        torch.bitwise_right_shift(plane, shifts[:, None], out=part.view(GROUP // width, -1))
+        part.bitwise_and_(2**width - 1)
         if shift:
             codes.add_(part, alpha=1 << shift)
         start, shift = start + groups * width, shift + width

@@ -6,7 +6,7 @@ format. Packs never change, so that one may serve several nodes and several back
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -98,14 +98,13 @@ class Stub:
     lossy = False
     nbytes = 0
 
-    def __init__(self, tensor: Tensor, zeros: bool = False) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self._shape, self._strides = tuple(tensor.shape), tensor.stride()
-        self._options = {"dtype": tensor.dtype, "device": tensor.device}
-        self._zeros = zeros
+        self._options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
 
     def unpack(self) -> Tensor:
-        """Zeros without memory, or memory that nobody writes to and reads."""
-        if self._zeros:
+        """Memory that nobody reads, in the strides that keep torch from copying it; zeros for second derivatives."""
+        if torch.is_grad_enabled():
             return torch.zeros((), **self._options).expand(self._shape)
         return torch.empty_strided(self._shape, self._strides, **self._options)
 
@@ -146,7 +145,7 @@ class _Payload:
         """Store ``codes_of(piece)``, uint8 of any shape, of each piece of ``tensor``'s physical view."""
         physical = self.layout.physical(tensor)
         for piece in self.layout.pieces():
-            codes = codes_of(piece.rows(physical)).reshape(-1)
+            codes = codes_of(physical[piece.start : piece.stop]).reshape(-1)
             if piece.elements % 8:
                 codes = torch.nn.functional.pad(codes, (0, piece.groups * 8 - piece.elements))
             start = piece.first_group * self.bits
@@ -185,6 +184,20 @@ class Bits:
         return result
 
 
+def _cut(operand: Tensor, rows: slice) -> Tensor:
+    """The rows of an operand that goes with some rows of a physical view."""
+    return operand if operand.shape[0] == 1 else operand[rows]
+
+
+def _widened(rows: Tensor, a: Tensor, b: Tensor, width: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    """The same three, repeated along a narrow last dimension: element-wise kernels are slow on short inner loops."""
+    channels = a.shape[-1]
+    times = width // channels
+    if times < 2 or a.numel() != channels or rows.numel() % (times * channels) or not rows.is_contiguous():
+        return rows, a, b
+    return rows.view(-1, times * channels), a.reshape(-1).repeat(times), b.reshape(-1).repeat(times)
+
+
 class Codes:
     """Uniform codes: entry = scale * code + offset, both broadcast along the channels.
 
@@ -210,17 +223,15 @@ class Codes:
         layout = Layout.of(tensor)
         self._payload = _Payload(layout, bits, ledger)
         factor, shift = layout.physical(scale.reciprocal()), layout.physical(-low / scale)
-        # Rows that the affine tensors do not vary along are cut with the piece, the others with them.
-        varies = factor.shape[0] > 1
         top, position = 2**bits - 0.5, 0
 
-        def codes_of(piece: Tensor) -> Tensor:
+        def codes_of(rows: Tensor) -> Tensor:
             nonlocal position
-            rows = slice(position, position + piece.shape[0]) if varies else slice(None)
-            position += piece.shape[0]
-            scaled = torch.mul(piece, factor[rows]).add_(shift[rows])
+            part = slice(position, position + rows.shape[0])
+            position += rows.shape[0]
+            rows, a, b = _widened(rows, _cut(factor, part), _cut(shift, part))
             # By way of int32: torch converts floats to bytes one at a time.
-            return scaled.clamp_(0, top).to(torch.int32).to(torch.uint8)
+            return torch.addcmul(b, rows, a).clamp_(0, top).to(torch.int32).to(torch.uint8)
 
         self._payload.write(codes_of, tensor.detach())
         self.offset, self.scale = (low + scale / 2, scale) if values is None else values
@@ -243,10 +254,25 @@ class Codes:
         for piece in layout.pieces():
             start = piece.first_group * payload.bits
             codes = unpack_codes(payload.buffer[start : start + piece.groups * payload.bits], payload.bits)
-            rows = physical[piece.start : piece.stop]
+            part = slice(piece.start, piece.stop)
+            rows, a, b = _widened(physical[part], _cut(scale, part), _cut(offset, part))
             rows.copy_(codes[: piece.elements].view(rows.shape))
-            rows.mul_(piece.rows(scale)).add_(piece.rows(offset))
+            torch.addcmul(b, rows, a, out=rows)
         return result.to(layout.dtype)
+
+
+class Affine:
+    """An affine function of stored codes, which costs nothing here; its sign is that of the tensor it stands for."""
+
+    lossy = True
+    nbytes = 0
+
+    def __init__(self, codes: Codes, offset: Tensor, scale: Tensor) -> None:
+        self._codes, self._offset, self._scale = codes, offset, scale
+
+    def unpack(self) -> Tensor:
+        """``scale * code + offset``."""
+        return self._codes.decode(self._offset, self._scale)
 
 
 class Derived:

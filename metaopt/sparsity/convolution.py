@@ -15,7 +15,7 @@ def convolution(store: Store, call: Call) -> str:
     images, weight = call.get(0, "input"), call.get(1, "weight")
     if isinstance(weight, Tensor) and not weight.requires_grad:
         for slot in call.slots_of(images):
-            slot.fill(Stub(slot.saved, zeros=True))
+            slot.fill(Stub(slot.saved))
     return "convolution"
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metaopt.sparsity.bits import GROUP
 
-CHUNK = 2**17
+CHUNK = 2**18
 """Elements that a codec handles at once, so that its temporaries stay in a core's cache."""
 
 
@@ -21,10 +21,6 @@ class Piece:
     elements: int
     groups: int  # of `GROUP` codes, the last one padded
     first_group: int
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """These rows; a tensor that is broadcast along the rows stays whole."""
-        return tensor if tensor.shape[0] == 1 else tensor[self.start : self.stop]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metaopt.sparsity.codec import Codes, Derived, Half, Kept, Packed, Stub
+from metaopt.sparsity.codec import Affine, Codes, Derived, Stub
 from metaopt.sparsity.store import SMALL, Call, Slot, Store
 
 STEPS = {2: 0.9957, 3: 0.5860, 4: 0.385, 5: 0.215, 6: 0.125, 7: 0.085, 8: 0.0493}
@@ -92,7 +92,7 @@ def batch_norm(store: Store, call: Call) -> str | None:
     )
     slots[0].fill(codes)
     offset, factor = _columns(shift + scale * grid.first, x), _columns(scale * grid.between, x)
-    store.remember(result, Derived(lambda: codes.decode(offset, factor), codes))
+    store.remember(result, Affine(codes, offset, factor))
     return "batch_norm"
 
 
@@ -114,4 +114,3 @@ def _running_batch_norm(store: Store, call: Call, slot: Slot) -> str:
 
 
 NORM_RULES: dict[Callable | None, Callable] = {functional.batch_norm: batch_norm, torch.batch_norm: batch_norm}
-__all__ = ["NORM_RULES", "Half", "Kept", "Packed"]
