@@ -4,7 +4,7 @@ Every pack owns its buffers, says how many bytes they are, and gives the tensor 
 format. Packs never change, so that one may serve several nodes and several backward passes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -152,6 +152,13 @@ class _Payload:
             pack_codes(codes, self.bits, self.buffer[start : start + piece.groups * self.bits])
 
 
+    def read(self) -> Iterator[Tensor]:
+        """The codes of each piece, flat, in physical order."""
+        for piece in self.layout.pieces():
+            start = piece.first_group * self.bits
+            yield unpack_codes(self.buffer[start : start + piece.groups * self.bits], self.bits)[: piece.elements]
+
+
 class Bits:
     """A mask, one bit an entry; comes back as the two values given."""
 
@@ -174,13 +181,12 @@ class Bits:
         result, physical = layout.empty()
         flat = physical.view(-1)
         done = 0
-        for piece in layout.pieces():
-            bits = unpack_codes(self._payload.buffer[piece.first_group : piece.first_group + piece.groups], 1)
-            part = flat[done : done + piece.elements]
-            part.copy_(bits[: piece.elements])
+        for bits in self._payload.read():
+            part = flat[done : done + bits.numel()]
+            part.copy_(bits)
             if (low, high) != (0.0, 1.0):
                 part.mul_(high - low).add_(low)
-            done += piece.elements
+            done += bits.numel()
         return result
 
 
@@ -224,14 +230,22 @@ class Codes:
         self._payload = _Payload(layout, bits, ledger)
         factor, shift = layout.physical(scale.reciprocal()), layout.physical(-low / scale)
         top, position = 2**bits - 0.5, 0
+        # Allocated once: fresh memory for each piece would cost more than the arithmetic.
+        size = max(piece.elements for piece in layout.pieces())
+        floats = torch.empty(size, dtype=torch.promote_types(tensor.dtype, scale.dtype), device=layout.device)
+        integers = torch.empty(size, dtype=torch.int32, device=layout.device)
+        codes = torch.empty(size, dtype=torch.uint8, device=layout.device)
 
         def codes_of(rows: Tensor) -> Tensor:
             nonlocal position
             part = slice(position, position + rows.shape[0])
             position += rows.shape[0]
             rows, a, b = _widened(rows, _cut(factor, part), _cut(shift, part))
+            scaled = floats[: rows.numel()].view(rows.shape)
+            torch.addcmul(b, rows, a, out=scaled).clamp_(0, top)
             # By way of int32: torch converts floats to bytes one at a time.
-            return torch.addcmul(b, rows, a).clamp_(0, top).to(torch.int32).to(torch.uint8)
+            whole = integers[: rows.numel()].copy_(scaled.view(-1))
+            return codes[: rows.numel()].copy_(whole)
 
         self._payload.write(codes_of, tensor.detach())
         self.offset, self.scale = (low + scale / 2, scale) if values is None else values
@@ -248,15 +262,13 @@ class Codes:
 
     def decode(self, offset: Tensor, scale: Tensor) -> Tensor:
         """``scale * code + offset`` with other numbers, which gives any affine function of the stored tensor."""
-        payload, layout = self._payload, self._payload.layout
+        layout = self._payload.layout
         result, physical = layout.empty(torch.promote_types(layout.dtype, scale.dtype))
         scale, offset = layout.physical(scale), layout.physical(offset)
-        for piece in layout.pieces():
-            start = piece.first_group * payload.bits
-            codes = unpack_codes(payload.buffer[start : start + piece.groups * payload.bits], payload.bits)
+        for piece, codes in zip(layout.pieces(), self._payload.read(), strict=True):
             part = slice(piece.start, piece.stop)
             rows, a, b = _widened(physical[part], _cut(scale, part), _cut(offset, part))
-            rows.copy_(codes[: piece.elements].view(rows.shape))
+            rows.copy_(codes.view(rows.shape))
             torch.addcmul(b, rows, a, out=rows)
         return result.to(layout.dtype)
 
@@ -288,6 +300,74 @@ class Derived:
         """Compute it again."""
         with torch.no_grad():
             return self._compute()
+
+
+class Table:
+    """Codes that index a table of values."""
+
+    lossy = True
+
+    def __init__(
+        self, tensor: Tensor, bits: int, codes_of: Callable[[Tensor], Tensor], table: Tensor, ledger: Ledger
+    ) -> None:
+        self._payload = _Payload(Layout.of(tensor), bits, ledger)
+        self._payload.write(codes_of, tensor.detach())
+        self._table = table
+
+    @property
+    def nbytes(self) -> int:
+        """b / 8 bytes an entry."""
+        return self._payload.buffer.numel()
+
+    def unpack(self) -> Tensor:
+        """The values that the codes stand for."""
+        layout = self._payload.layout
+        result, physical = layout.empty()
+        flat, done = physical.view(-1), 0
+        for codes in self._payload.read():
+            part = flat[done : done + codes.numel()]
+            torch.index_select(self._table, 0, codes.to(torch.int32), out=part)
+            done += codes.numel()
+        return result
+
+
+class Integers:
+    """Integers from ``low`` on, in the fewest bits."""
+
+    lossy = False
+
+    def __init__(self, tensor: Tensor, low: int, high: int, ledger: Ledger) -> None:
+        self._low = low
+        self._dtype = tensor.dtype
+        span = high - low
+        if span < 256:
+            bits = max(1, span.bit_length())
+            self._payload = _Payload(Layout.of(tensor), bits, ledger)
+            self._payload.write(lambda piece: (piece - low).to(torch.uint8), tensor)
+            self._buffer = self._payload.buffer
+        else:
+            self._payload = None
+            narrow = torch.int16 if span < 2**16 else torch.int32
+            # Centred, for both types are signed.
+            self._low = low + (2**15 if narrow is torch.int16 else 0)
+            self._buffer = (tensor - self._low).to(narrow)
+            self._hold = ledger.hold(self._buffer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed integers."""
+        return self._buffer.untyped_storage().nbytes()
+
+    def unpack(self) -> Tensor:
+        """The integers in their own type."""
+        if self._payload is None:
+            return self._buffer.to(self._dtype).add_(self._low)
+        result, physical = self._payload.layout.empty()
+        flat, done = physical.view(-1), 0
+        for codes in self._payload.read():
+            flat[done : done + codes.numel()].copy_(codes)
+            done += codes.numel()
+        return result.add_(self._low)
 
 
 def affine_bytes(numel: int, channels: int, rate: Rate) -> int:

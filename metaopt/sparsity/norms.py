@@ -14,15 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metaopt.sparsity.codec import Affine, Codes, Derived, Stub
-from metaopt.sparsity.store import SMALL, Call, Slot, Store
-
-STEPS = {2: 0.9957, 3: 0.5860, 4: 0.385, 5: 0.215, 6: 0.125, 7: 0.085, 8: 0.0493}
-"""Bin widths in units of x̂, by bits.
-
-Up to 3 bits the best uniform quantiser's of a normal distribution (Max 1960, "Quantizing for Minimum Distortion"); above,
-wider, since real activations have heavier tails.
-"""
-
+from metaopt.sparsity.store import SMALL, STEPS, Call, Slot, Store, coded
 
 class Grid(NamedTuple):
     """Bins of the normalised activation, one number a channel."""
@@ -110,7 +102,105 @@ def _running_batch_norm(store: Store, call: Call, slot: Slot) -> str:
     weight = call.get(3, "weight")
     if weight is None or not weight.requires_grad:
         slot.fill(Stub(slot.saved))
+    else:
+        slot.fill(store.codes(slot.saved, (1,)))
     return "batch_norm"
 
 
-NORM_RULES: dict[Callable | None, Callable] = {functional.batch_norm: batch_norm, torch.batch_norm: batch_norm}
+def layer_norm(store: Store, call: Call) -> str:
+    """F.layer_norm(input, normalized_shape, weight, bias, eps): each token's own mean and deviation."""
+    x = call.get(0, "input")
+    slots = call.slots_of(x)
+    if len(slots) == 1:
+        tokens = x.shape[: x.ndim - len(tuple(call.get(1, "normalized_shape")))]
+        rows = [slot.saved for slot in call.open if slot.saved.shape[: len(tokens)] == tokens and slot is not slots[0]]
+        if len(rows) == 2:
+            _normalised(store, call, slots[0], rows[0], rows[1], (x.ndim - 1,), (2, "weight"), (3, "bias"))
+    return "layer_norm"
+
+
+def group_norm(store: Store, call: Call) -> str:
+    """F.group_norm(input, num_groups, weight, bias, eps): each image's mean and deviation in each group of channels."""
+    x, groups = call.get(0, "input"), call.get(1, "num_groups")
+    slots = call.slots_of(x)
+    rows = [slot.saved for slot in call.open if slot.saved.shape == (x.shape[0], groups)]
+    if len(slots) == 1 and len(rows) == 2:
+        shape = (x.shape[0], x.shape[1], *[1] * (x.ndim - 2))
+        mean, rstd = (row.repeat_interleave(x.shape[1] // groups, dim=1).view(shape) for row in rows)
+        _normalised(store, call, slots[0], mean, rstd, (1,), (2, "weight"), (3, "bias"))
+    return "group_norm"
+
+
+def _normalised(
+    store: Store,
+    call: Call,
+    slot: Slot,
+    mean: Tensor,
+    rstd: Tensor,
+    channels: tuple[int, ...],
+    weight_at: tuple[int, str],
+    bias_at: tuple[int, str],
+) -> None:
+    """Store x̂ = (x − mean) · rstd, with a range a channel, and the output as known from it."""
+    x = slot.saved.detach()
+    if store.rate.bits >= 16 or x.numel() < SMALL or store.alive_anyway(slot.saved):
+        slot.fill(store.any(slot.saved))
+        return
+    mean, rstd = mean.detach(), rstd.detach()
+    # In the tensor's own memory format, and in place: one temporary.
+    codes = coded((x - mean).mul_(rstd), store.rate.bits, channels, store.ledger)
+    dtype = x.dtype
+    slot.fill(Derived(lambda: codes.unpack().div_(rstd).add_(mean).to(dtype), codes))
+    weight, bias = call.get(*weight_at), call.get(*bias_at)
+    offset, scale = codes.offset, codes.scale
+    if weight is not None:
+        factor = weight.detach().view(*[1] * (codes.offset.ndim - 1), -1) if channels != (1,) else _columns(weight.detach(), x)
+        offset, scale = offset * factor, scale * factor
+    if bias is not None:
+        addend = bias.detach().view(*[1] * (codes.offset.ndim - 1), -1) if channels != (1,) else _columns(bias.detach(), x)
+        offset = offset + addend
+    if call.result.dtype == dtype:
+        store.remember(call.result, Affine(codes, offset, scale))
+
+
+def rms_norm(store: Store, call: Call) -> str:
+    """F.rms_norm(input, normalized_shape, weight, eps), which is made of smaller operators where it is not fused.
+
+    Their nodes save x several times, x̂ = x / rms for the weight's gradient, and 1 / rms.
+    """
+    x = call.get(0, "input")
+    rows = [slot.saved for slot in call.open if slot.saved.ndim == x.ndim and slot.saved.shape[-1] == 1]
+    if x.shape[-1] == 1 or not rows or len(tuple(call.get(1, "normalized_shape"))) != 1:
+        return "rms_norm"
+    rstd = rows[0].detach()
+    own, other = call.slots_of(x), [slot for slot in call.open if slot.saved.shape == x.shape]
+    other = [slot for slot in other if slot not in own]
+    if store.rate.bits >= 16:
+        packed = store.any(own[0].saved) if own else None
+        for slot in own:
+            assert packed is not None
+            slot.fill(packed)
+        if packed is not None:
+            for slot in other:
+                slot.fill(Derived(lambda: packed.unpack() * rstd, packed))
+        return "rms_norm"
+    if not own or x.numel() < SMALL:
+        return "rms_norm"
+    codes = coded(own[0].saved.detach() * rstd, store.rate.bits, (x.ndim - 1,), store.ledger)
+    for slot in own:
+        slot.fill(Derived(lambda: codes.unpack().div_(rstd), codes))
+    for slot in other:
+        slot.fill(codes)
+    return "rms_norm"
+
+
+NORM_RULES: dict[Callable | None, Callable] = {
+    functional.batch_norm: batch_norm,
+    torch.batch_norm: batch_norm,
+    functional.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    functional.group_norm: group_norm,
+    torch.group_norm: group_norm,
+    functional.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+}

@@ -7,7 +7,8 @@ returns the operator's kind, for the records, or None where it did not recognise
 from collections.abc import Callable
 
 from metaopt.sparsity.activations import ACTIVATION_RULES
+from metaopt.sparsity.attention import ATTENTION_RULES
 from metaopt.sparsity.convolution import CONVOLUTION_RULES
 from metaopt.sparsity.norms import NORM_RULES
 
-RULES: dict[Callable | None, Callable] = {**NORM_RULES, **ACTIVATION_RULES, **CONVOLUTION_RULES}
+RULES: dict[Callable | None, Callable] = {**NORM_RULES, **ACTIVATION_RULES, **ATTENTION_RULES, **CONVOLUTION_RULES}
