@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 from metaopt.configs import BenchmarkSettings, resolve_device, run_command
-from metaopt.configs.arms import Results, arms
+from metaopt.configs.arms import Key, Results, arms
 from metaopt.configs.assemble import (
     assemble_method,
     build_stream,
@@ -14,8 +15,9 @@ from metaopt.configs.assemble import (
     load_model,
     statistics_of,
 )
+from metaopt.errors import BudgetError
 from metaopt.files import ensure_writable_folder
-from metaopt.measure import progress
+from metaopt.measure import Monitor, progress
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.policy import check_source, load_policy
 
@@ -35,25 +37,44 @@ def run(settings: BenchmarkSettings) -> None:
     methods = [
         assemble_method(arm.method, None if arm.policy is None else policies[arm.policy], statistics) for arm in listed
     ]
-    results = Results(out / "benchmark.csv")
+    results, left_out = Results(out / "benchmark.csv"), dict[Key, str]()
     with progress(len(listed) * len(streams), "Runs") as bar:
         for seed, stream in streams.items():
             for arm, method in zip(listed, methods, strict=True):
-                report = run_stream(
-                    OnlineAdapter(model, method),
-                    stream,
-                    setting=arm.setting,
-                    batch_size=settings.batch_size,
-                    seed=seed,
-                    device=device,
-                )
-                results.add(arm, seed, report)
+                try:
+                    report = run_stream(
+                        OnlineAdapter(model, method, memory=arm.memory, budget_mib=arm.budget),
+                        stream,
+                        setting=arm.setting,
+                        batch_size=settings.batch_size,
+                        seed=seed,
+                        device=device,
+                    )
+                except BudgetError as error:  # too little for this rule may be enough for the next
+                    left_out[arm.key] = str(error)
+                else:
+                    results.add(arm, seed, report)
                 bar.update()
     results.show()
+    for key, reason in left_out.items():
+        print(f"left out: {key.method}, {key.memory}: {reason}")
+    draw(results, f"{settings.model.name}, {settings.data.name}, batch size {settings.batch_size}", out)
     print(f"each corruption of each run: {results.path}")
     for path, policy in policies.items():
         if note := fairness_note(policy, streams[settings.seeds[0]]):
             print(f"{path}: {note}")
+
+
+def draw(results: Results, title: str, out: Path) -> None:
+    """Error against MiB held, where budgets were given: a PNG file, and an image in TensorBoard."""
+    picture = results.picture(title)
+    if picture is None:
+        return
+    with Monitor(out) as monitor:
+        monitor.figure("benchmark/error_against_held", picture, 0)
+    path = out / "error_against_held.png"
+    picture.savefig(path, dpi=150)
+    print(f"error against MiB held: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from metaopt.files import atomic_write_text, ensure_writable_folder
 from metaopt.measure import Monitor, closing_table, progress
 from metaopt.measure.calibration import confidences
 from metaopt.online import OnlineAdapter, RunReport, run_stream
+from metaopt.online.layers import COLUMNS, memory_rows, to_csv
 from metaopt.policy import load_policy
 
 
@@ -36,7 +37,8 @@ def run(settings: OnlineSettings) -> None:
     model = load_model(settings.model, settings.source, device)
     check_stream(stream, model, device)
     method = assemble_method(settings.method, policy, lambda: statistics_of(settings, model, device))
-    adapter = OnlineAdapter(model, method)
+    assert settings.memory is not None
+    adapter = OnlineAdapter(model, method, memory=settings.memory, budget_mib=settings.budget_mib)
     predictions = Predictions()
     batches = sum(-(-domain.size // settings.batch_size) for domain in stream)
     with Monitor(out) as monitor, progress(batches, f"Adapting ({settings.method.name})") as bar:
@@ -56,6 +58,7 @@ def run(settings: OnlineSettings) -> None:
             on_batch=on_batch,
         )
     atomic_write_text(predictions.text(), out / "predictions.csv")
+    atomic_write_text(to_csv(report.layers), out / "memory.csv")
     atomic_write_text(json.dumps(summary(settings, report), indent=2) + "\n", out / "summary.json")
     show(settings, report, out)
     if note := fairness_note(method, stream):
@@ -103,13 +106,16 @@ def show(settings: OnlineSettings, report: RunReport, out: Path) -> None:
     rows.append(("mean", "", report.images, report.mean_error, report.mean_ece))
     title = f"{settings.method.name} on {settings.model.name}, setting {settings.setting}"
     closing_table(title, ["corruption", "severity", "images", "error %", "ECE %"], rows)
+    if settings.memory != "dense" and report.layers:
+        closing_table(f"memory={settings.memory}: what a step holds for backward", COLUMNS, memory_rows(report.layers))
     ratio = "-" if report.ratio_to_forward is None else f"{report.ratio_to_forward:.2f}"
-    print(f"held for backward: {report.held_mib:.1f} MiB, state: {report.state_mib:.1f} MiB")
+    within = "" if settings.budget_mib is None else f" of a budget of {settings.budget_mib:g}"
+    print(f"held for backward: {report.held_mib:.1f} MiB{within}, state: {report.state_mib:.1f} MiB")
     print(f"time of a step: {ratio} plain forward passes")
     refused = {name: count for name, count in report.guard_events.items() if count}
     if refused:
         print("updates refused:", ", ".join(f"{name} {count}" for name, count in refused.items()))
-    print(f"predictions.csv, summary.json and curves in {out}")
+    print(f"predictions.csv, memory.csv, summary.json and curves in {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,10 @@ class ConfigError(MetaoptError):
     """A setting is unknown, out of range, or does not go with another one."""
 
 
+class BudgetError(ConfigError):
+    """A budget of bytes is below what a model needs at least."""
+
+
 class CheckpointError(MetaoptError):
     """A checkpoint is missing, unreadable, unsafe, foreign, or made for another model."""
 

@@ -6,12 +6,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
 
 from metaopt.configs.schema import BenchmarkSettings
 from metaopt.configs.sections import MethodSection
 from metaopt.files import atomic_write_text
-from metaopt.measure import closing_table
+from metaopt.measure import closing_table, curves_figure
 from metaopt.online import RunReport
 
 EARLY = 5  # batches after which the early error is taken
@@ -20,28 +22,51 @@ RIVALS = ("adam", "sgd")  # update rules whose learning rate ``rates`` replaces
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at a learning rate, with a policy where it uses one, in a setting."""
+    """A method at a learning rate, with a policy where it uses one, in a setting, and how activations are kept."""
 
     method: MethodSection
     policy: str | None  # path
     setting: str
+    memory: str = "dense"
+    budget: float | None = None  # MiB
 
     @property
-    def key(self) -> tuple[str, str, float | None, str | None]:
-        """Setting, method, rate and policy."""
-        return self.setting, self.method.name, self.method.lr, self.policy
+    def key(self) -> "Key":
+        """What tells this arm from the others."""
+        rule = self.method.pruning if self.memory == "pruned" else None
+        kept = self.memory if rule is None else f"{self.memory} ({rule})"
+        return Key(self.setting, self.method.name, self.method.lr, self.policy, kept, self.budget)
+
+
+class Key(NamedTuple):
+    """What tells an arm from the others, and its runs' place in the table."""
+
+    setting: str
+    method: str
+    rate: float | None
+    policy: str | None
+    memory: str  # with the rule, where one chooses
+    budget: float | None
 
 
 def arms(settings: BenchmarkSettings) -> Iterator[Arm]:
-    """Every combination of setting, method, rate and policy that makes a difference."""
+    """Every combination of setting, method, rate, policy, pruning rule and budget that makes a difference."""
+    assert settings.memory is not None
     for setting in settings.settings:
         for name in settings.methods:
             section = settings.method[name]
             rates = settings.rates if section.update in RIVALS and settings.rates else [section.lr]
             uses_policy = section.needs_policy or (section.update != "none" and section.objective_from_policy)
             policies = [*settings.policy_path] if uses_policy else []
+            memory = "dense" if section.update == "none" else settings.memory
+            rules = settings.pruning if memory == "pruned" and settings.pruning else [section.pruning]
+            budgets = settings.budgets if memory != "dense" and settings.budgets else [None]
             yield from (
-                Arm(replace(section, lr=rate), policy, setting) for rate in rates for policy in policies or [None]
+                Arm(replace(section, lr=rate, pruning=rule), policy, setting, memory, budget)
+                for rate in rates
+                for policy in policies or [None]
+                for rule in rules
+                for budget in budgets
             )
 
 
@@ -55,7 +80,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, Any]] = []
-        self._runs: dict[tuple[str, str, float | None, str | None], list[RunReport]] = {}
+        self._runs: dict[Key, list[RunReport]] = {}
 
     def add(self, arm: Arm, seed: int, report: RunReport) -> None:
         """Take in a run and write all rows so far, atomically: a benchmark that is stopped keeps what was complete."""
@@ -69,30 +94,61 @@ class Results:
 
     def show(self) -> None:
         """A table of mean ± standard deviation over the runs of each arm, and of a method's policies together."""
-        groups: dict[tuple[str, str, float | None, str | None], list[RunReport]] = {}
-        for setting, method, rate, policy in self._runs:
-            same = [key for key in self._runs if key[:3] == (setting, method, rate)]
-            groups[setting, method, rate, policy] = self._runs[setting, method, rate, policy]
-            if len(same) > 1 and policy == same[-1][3]:
-                groups[setting, method, rate, f"all {len(same)}"] = [run for key in same for run in self._runs[key]]
-        columns = ["setting", "method", "lr", "policy", "runs", "error %", "ECE %", "held MiB", "step / forward"]
+        groups: dict[Key, list[RunReport]] = {}
+        for key, runs in self._runs.items():
+            same = [other for other in self._runs if other._replace(policy=None) == key._replace(policy=None)]
+            groups[key] = runs
+            if len(same) > 1 and key == same[-1]:
+                groups[key._replace(policy=f"all {len(same)}")] = [run for other in same for run in self._runs[other]]
+        columns = ["setting", "method", "lr", "policy", "memory", "budget", "runs"]
         rows = [
-            (setting, method, "-" if rate is None else f"{rate:g}", policy or "-", len(runs), *_figures(runs))
-            for (setting, method, rate, policy), runs in groups.items()
+            (
+                key.setting,
+                key.method,
+                "-" if key.rate is None else f"{key.rate:g}",
+                key.policy or "-",
+                key.memory,
+                "-" if key.budget is None else f"{key.budget:g}",
+                len(runs),
+                *_figures(runs),
+            )
+            for key, runs in groups.items()
         ]
+        columns += ["error %", "ECE %", "held MiB", "step / forward"]
         closing_table("Mean over the corruptions, ± standard deviation over the runs", columns, rows)
+
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """Points (held MiB, error in percent) of each way of choosing what is kept, over its budgets."""
+        several = len({key[:4] for key in self._runs if key.budget is not None}) > 1
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for key, runs in self._runs.items():
+            errors = [run.mean_error for run in runs if run.mean_error is not None]
+            if key.budget is not None and errors:
+                parts = [part for part in key[:4] if part is not None] if several else []
+                name = " ".join([*map(str, parts), key.memory])
+                held = max(run.held_mib for run in runs)
+                curves.setdefault(name, []).append((held, statistics.mean(errors)))
+        return curves
+
+    def picture(self, title: str) -> Figure | None:
+        """Error against MiB held, a curve for each way of choosing; None where no budget was given."""
+        curves = self.curves()
+        return curves_figure(curves, title, "held for backward, MiB", "error, %") if curves else None
 
 
 def _rows(arm: Arm, seed: int, report: RunReport) -> Iterator[dict[str, Any]]:
     """A row of the file for each domain of a run."""
-    setting, method, rate, policy = arm.key
+    key = arm.key
     for domain in report.domains:
         early = domain.cumulative_error
         yield {
-            "method": method,
-            "policy": policy,
-            "lr": rate,
-            "setting": setting,
+            "method": key.method,
+            "policy": key.policy,
+            "lr": key.rate,
+            "setting": key.setting,
+            "memory": arm.memory,
+            "pruning": arm.method.pruning if arm.memory == "pruned" else None,
+            "budget_mib": arm.budget,
             "seed": seed,
             "corruption": domain.name,
             "severity": domain.severity,

@@ -185,6 +185,7 @@ def assemble_method(
         lr=section.lr,
         objective=section.objective,
         objective_from_policy=section.objective_from_policy,
+        pruning=section.pruning,
     )
     needed = _needs_statistics(section, policy)
     return build_method(config, policy=policy, statistics=statistics() if needed else None)

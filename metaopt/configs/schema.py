@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from metaopt.configs.sections import (
+    PRUNINGS,
     DataSection,
     GeneratorSection,
     MetaSection,
@@ -22,12 +23,27 @@ from metaopt.configs.sections import (
 from metaopt.errors import ConfigError
 
 SETTINGS = ("reset", "continual")
-MEMORIES = ("dense",)
+MEMORIES = ("dense", "exact", "compact", "pruned")
+BUDGETED = ("compact", "pruned")  # memories that have something to choose
 
 
 def _needs(condition: bool, key: str, why: str, fix: str) -> None:
     if not condition:
         raise ConfigError(f"{key} is not set; {why}: {fix}")
+
+
+def check_memory(memory: str | None, budget_mib: float | None, key: str = "budget_mib") -> str:
+    """The memory that is meant: a budget without one prunes. Refuses what does not go together."""
+    if memory is None:
+        memory = "dense" if budget_mib is None else "pruned"
+    check_one_of("memory", memory, MEMORIES)
+    check_positive(key, budget_mib)
+    if budget_mib is not None and memory not in BUDGETED:
+        raise ConfigError(
+            f"{key}={budget_mib:g} does not go with memory={memory}, which leaves no choice; allowed are "
+            f"{', '.join(BUDGETED)}: set memory=pruned"
+        )
+    return memory
 
 
 def _check_source_images(data: DataSection, source: SourceSection) -> None:
@@ -104,7 +120,8 @@ class OnlineSettings:
     setting: str
     n_unlabeled: int
     batch_size: int
-    memory: str
+    memory: str | None  # None: dense, and with a budget pruned
+    budget_mib: float | None  # bound on what is held for backward
     seed: int
     device: str
     out: str
@@ -112,7 +129,7 @@ class OnlineSettings:
     def __post_init__(self) -> None:
         """Check each value and what they need of one another."""
         check_one_of("setting", self.setting, SETTINGS)
-        check_one_of("memory", self.memory, MEMORIES)
+        self.memory = check_memory(self.memory, self.budget_mib)
         for key, least in (("n_unlabeled", 2), ("batch_size", 1), ("seed", 0)):
             check_at_least(key, getattr(self, key), least)
         _check_model(self.data, self.model)
@@ -135,7 +152,9 @@ class BenchmarkSettings:
     seeds: list[int]
     n_unlabeled: int
     batch_size: int
-    memory: str
+    memory: str | None  # None: dense, and with a budget pruned
+    budgets: list[float]  # a row for each, of every method that updates; empty: no bound
+    pruning: list[str]  # a row for each rule, of every method that updates; empty: method.NAME.pruning
     device: str
     out: str
 
@@ -148,7 +167,16 @@ class BenchmarkSettings:
         for key, rows in (("methods", self.methods), ("settings", self.settings), ("seeds", self.seeds)):
             if not rows:
                 raise ConfigError(f"{key}=[] is empty; at least one is needed: leave {key} out for the default")
-        check_one_of("memory", self.memory, MEMORIES)
+        self.memory = check_memory(self.memory, self.budgets[0] if self.budgets else None, "budgets")
+        for budget in self.budgets:
+            check_memory(self.memory, budget, "budgets")
+        for rule in self.pruning:
+            check_one_of("pruning", rule, PRUNINGS)
+        if self.pruning and self.memory != "pruned":
+            raise ConfigError(
+                f"pruning=[{', '.join(self.pruning)}] does not go with memory={self.memory}; rules choose for "
+                "memory=pruned alone: set memory=pruned"
+            )
         for key, value, least in (("n_unlabeled", self.n_unlabeled, 2), ("batch_size", self.batch_size, 1)):
             check_at_least(key, value, least)
         for seed in self.seeds:

@@ -11,6 +11,7 @@ from metaopt.errors import ConfigError
 
 UPDATES = ("none", "adam", "sgd", "generator")
 PARTS = ("stream", "source")
+PRUNINGS = ("published", "single_pass", "rate_distortion", "uniform", "random", "learned")
 
 
 def check_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -97,10 +98,12 @@ class MethodSection:
     lr: float | None = None  # None: the policy's own
     objective: dict[str, float] = field(default_factory=dict)  # weight of each term; empty: the policy's own
     objective_from_policy: bool = False  # with policy_path, take its objective with the learned weights
+    pruning: str = "rate_distortion"  # the rule of memory=pruned
 
     def __post_init__(self) -> None:
         """Check the range of each value."""
         check_one_of("method.update", self.update, UPDATES)
+        check_one_of("method.pruning", self.pruning, PRUNINGS)
         check_positive("method.lr", self.lr)
         check_weights("method.objective", self.objective)
 

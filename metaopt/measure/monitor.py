@@ -5,7 +5,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ LAYOUT = {
     },
     "Policy": {
         "keep ratio": ["Multiline", [r"policy/keep_ratio/.*"]],
+        "bits kept": ["Multiline", [r"policy/bits/.*"]],
         "expert usage": ["Multiline", [r"policy/expert_usage/.*"]],
     },
     "Online": {
@@ -159,4 +160,17 @@ def curve_figure(values: Sequence[float], title: str, xlabel: str, ylabel: str) 
     axes.plot(range(1, len(values) + 1), [float(value) for value in values], marker="o", markersize=3)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
+    return figure
+
+
+def curves_figure(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str) -> Figure:
+    """A line for each name through its points (x, y), which are sorted first."""
+    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, marker="o", markersize=4, label=name)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure

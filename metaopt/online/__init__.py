@@ -2,6 +2,7 @@
 
 from metaopt.online.adapter import OnlineAdapter as OnlineAdapter
 from metaopt.online.guard import FiniteGuard as FiniteGuard
+from metaopt.online.layers import LayerMemory as LayerMemory
 from metaopt.online.run import SETTINGS as SETTINGS
 from metaopt.online.run import DomainReport as DomainReport
 from metaopt.online.run import RunReport as RunReport

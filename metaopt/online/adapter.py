@@ -17,6 +17,7 @@ from metaopt.online.guard import FiniteGuard
 from metaopt.parameters import adapted_layout
 from metaopt.policy import AdaptationPolicy, PolicyState, check_source
 from metaopt.policy.state import copied_state, state_from_list, state_to_list
+from metaopt.sparsity import ActivationMemory, MemoryConfig
 from metaopt.types import Parameters, StepOutput
 
 FORMAT = "metaopt-online"
@@ -33,19 +34,27 @@ class OnlineAdapter:
         model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
         policy: a method; ``AdaptationPolicy.load("ckpt.pt")`` or one of ``build_method``. The adapter keeps a copy
             of it, on the model's device and in its type.
+        memory: ``dense``: activations are kept as torch keeps them; ``exact``, ``compact`` or ``pruned``: see
+            :mod:`metaopt.sparsity.memory`.
+        budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
 
     Raises:
         CheckpointError: the policy was trained on another model.
         ModelError: the model has no normalisation layer that can adapt.
+        ConfigError: memory and budget do not go together; a step raises it where the budget is too small for the batch.
     """
 
-    def __init__(self, model: nn.Module, policy: AdaptationPolicy) -> None:
+    def __init__(
+        self, model: nn.Module, policy: AdaptationPolicy, *, memory: str = "dense", budget_mib: float | None = None
+    ) -> None:
         self.model = model if isinstance(model, SourceModel) else SourceModel(model)
         check_source(policy, self.model)
         self.model.requires_grad_(False)
         self.layout = adapted_layout(self.model)
         reference = next(iter(self.layout.take(self.model).values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype)
+        self.memory = ActivationMemory(MemoryConfig(memory, budget_mib), self.policy.pruning)
+        self.policy.pruning = self.memory.rule  # with nothing to choose, nothing is remembered of the layers either
         self.guard = FiniteGuard()
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
         self.steps = 0  # batches seen since creation or reset
@@ -90,13 +99,33 @@ class OnlineAdapter:
         else:
             with torch.enable_grad():
                 self.parameters, self.state, output = self.policy.step(
-                    self.model, self.parameters, self.state, images, self.apply, self.updates
+                    self.model,
+                    self.parameters,
+                    self.state,
+                    images,
+                    self.apply,
+                    self.updates,
+                    self.memory,
                 )
         if not self._frozen:
             self.steps += 1
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
         return StepOutput(output.logits.detach(), loss, terms)
+
+    def prepare(self, images: Tensor) -> None:
+        """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+        """
+        if self.policy.updates:
+            self.memory.prepare(self.model, self._loss_of, self.parameters, images)
+
+    def _loss_of(self, images: Tensor) -> Tensor:
+        loss = self.policy.evaluate(self.model, self.parameters, images, self.updates).loss
+        assert loss is not None
+        return loss
 
     @contextmanager
     def frozen(self) -> Iterator["OnlineAdapter"]:

@@ -12,6 +12,7 @@ from metaopt.data import Batch, Stream, batches
 from metaopt.errors import ConfigError, DataError
 from metaopt.measure import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
 from metaopt.online.adapter import OnlineAdapter
+from metaopt.online.layers import LayerMemory, layer_memory
 
 SETTINGS = ("reset", "continual")
 FORWARDS_TIMED = 10  # plain forward passes that a run times beside its steps
@@ -43,6 +44,7 @@ class RunReport:
     ratio_to_forward: float | None
     updates: int
     guard_events: dict[str, int]
+    layers: list[LayerMemory] = field(default_factory=list)  # of the metered step
 
     @property
     def images(self) -> int:
@@ -152,6 +154,7 @@ class _Run:
         self.updates = self.steps = 0
         self.held_mib = 0.0
         self.cuda_peak_mib: float | None = None
+        self.layers: list[LayerMemory] = []
         self.metered_shape: tuple[int, ...] | None = None
         self.forward_every = max(1, batch_count // FORWARDS_TIMED)
         self.loss: Tensor | None = None
@@ -162,9 +165,12 @@ class _Run:
         largest = self.metered_shape is None or shape[0] > self.metered_shape[0]
         if largest:
             self.metered_shape = shape
-            own = [*self.adapter.model.parameters(), *self.adapter.model.buffers(), *self.adapter.parameters.values()]
-            with MemoryMeter([*own, batch.images]) as meter:
+            own = [*self.adapter.parameters.values(), batch.images]
+            self.adapter.prepare(batch.images)  # its dry runs are neither timed nor metered
+            with MemoryMeter(own, model=self.adapter.model) as meter:
                 output = self.adapter.step(batch.images)
+            if meter.peak_mib >= self.held_mib:
+                self.layers = layer_memory(self.adapter.memory.layers, meter.layers_mib)
             self.held_mib = max(self.held_mib, meter.peak_mib)
             self.cuda_peak_mib = meter.cuda_peak_mib
         elif shape != self.metered_shape:
@@ -187,6 +193,10 @@ class _Run:
         self.monitor.scalar("online/activation_mib", self.held_mib, self.steps)
         if self.watch.step_ms:
             self.monitor.scalar("online/step_ms", self.watch.step_ms[-1], self.steps)
+        if self.adapter.memory.config.chooses:
+            for record in self.adapter.memory.layers:
+                self.monitor.scalar(f"policy/keep_ratio/{record.name}", record.rate.keep, self.steps)
+                self.monitor.scalar(f"policy/bits/{record.name}", record.rate.bits, self.steps)
         if self.loss is not None:
             self.monitor.scalar("online/loss", self.loss, self.steps)
         for name, count in self.adapter.guard.events.items():
@@ -211,6 +221,7 @@ class _Run:
             ratio_to_forward=watch.ratio_to_forward,
             updates=self.updates,
             guard_events=dict(self.guard_events),
+            layers=self.layers,
         )
 
 

@@ -10,6 +10,7 @@ from metaopt.errors import ConfigError
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
 from metaopt.objectives import WeightedObjective
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.sparsity import PRUNING_RULES, PruningRule, build_rule
 from metaopt.types import SourceStatistics
 
 UPDATES = ("none", *HAND_MADE_RULES, "generator")
@@ -20,7 +21,8 @@ class MethodConfig:
     """One way of adapting online.
 
     ``lr`` None means the policy's own base rate for ``update="generator"``, and the rule's default otherwise.
-    ``objective`` empty means the policy's own, with its learned weights.
+    ``objective`` empty means the policy's own, with its learned weights. ``pruning`` is the rule that chooses what is
+    kept of each layer's activations where memory is pruned.
     """
 
     name: str
@@ -29,6 +31,7 @@ class MethodConfig:
     lr: float | None = None
     objective: Mapping[str, float] = field(default_factory=dict)
     objective_from_policy: bool = False
+    pruning: str = "rate_distortion"
 
     def __post_init__(self) -> None:
         """Check the update rule and the rate."""
@@ -62,7 +65,12 @@ def build_method(
         rates = {} if config.lr is None else {"lr": config.lr}
         rule = HAND_MADE_RULES[config.update](**rates)
     method = AdaptationPolicy(
-        config.name, batch_statistics=config.batch_statistics, objective=objective, rule=rule, statistics=statistics
+        config.name,
+        batch_statistics=config.batch_statistics,
+        objective=objective,
+        rule=rule,
+        statistics=statistics,
+        pruning=_pruning(config, policy),
     )
     if policy is not None:
         method.source, method.training = policy.source, policy.training
@@ -95,6 +103,18 @@ def _generator(config: MethodConfig, policy: AdaptationPolicy | None) -> Gradien
     generator.to(next(trained.parameters()))
     generator.load_state_dict(trained.state_dict())
     return generator
+
+
+def _pruning(config: MethodConfig, policy: AdaptationPolicy | None) -> PruningRule:
+    """The rule that is named; a policy that was meta-trained without a learned one allocates by its importance."""
+    if config.pruning != "learned":
+        return build_rule(config.pruning)
+    if policy is None:
+        raise ConfigError(
+            f"method {config.name!r} has pruning=learned and no policy; allowed without one are "
+            f"{', '.join(PRUNING_RULES)}: set method.pruning=rate_distortion, or give a policy"
+        )
+    return policy.pruning or build_rule("rate_distortion")
 
 
 def new_policy(

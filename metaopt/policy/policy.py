@@ -24,6 +24,7 @@ from torch.func import functional_call
 from metaopt.data.seeding import generator_for
 from metaopt.objectives import WeightedObjective, augmented_view
 from metaopt.policy.state import PolicyState
+from metaopt.sparsity import ActivationMemory, PruningRule
 from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class AdaptationPolicy(nn.Module):
             learned together with the objective's weights.
         statistics: source statistics of the features, where the objective needs them.
         seed: of the augmented views, where the objective compares two; with a step's number it tells its view.
+        pruning: chooses what is kept of each layer's activations, where a step is told to keep less than all.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class AdaptationPolicy(nn.Module):
         rule: UpdateRule | None = None,
         statistics: SourceStatistics | None = None,
         seed: int = 0,
+        pruning: PruningRule | None = None,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
@@ -62,6 +65,7 @@ class AdaptationPolicy(nn.Module):
         self.rule = rule
         self.statistics = statistics
         self.seed = seed
+        self.pruning = pruning
         self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
         self.training: dict[str, Any] = {}  # how it was meta-trained: primitives, for reports
 
@@ -78,7 +82,10 @@ class AdaptationPolicy(nn.Module):
 
     def init(self, parameters: Parameters) -> PolicyState:
         """State before the first batch."""
-        return PolicyState(rule=None if self.rule is None else self.rule.init(parameters))
+        return PolicyState(
+            rule=None if self.rule is None else self.rule.init(parameters),
+            pruning=None if self.pruning is None else self.pruning.init(parameters),
+        )
 
     def evaluate(self, model: nn.Module, parameters: Parameters, images: Tensor, step: int = 0) -> StepOutput:
         """Predict and weigh the loss, without an update.
@@ -111,6 +118,7 @@ class AdaptationPolicy(nn.Module):
         images: Tensor,
         apply: ApplyUpdate | None,
         step: int = 0,
+        memory: ActivationMemory | None = None,
     ) -> tuple[Parameters, PolicyState, StepOutput]:
         """The one adaptation step: predict on a batch, then update on it.
 
@@ -123,15 +131,28 @@ class AdaptationPolicy(nn.Module):
             images: (B, 3, H, W) in [0, 1].
             apply: how a loss becomes new parameters; None only for a method that never updates.
             step: as in :meth:`evaluate`.
+            memory: how activations are kept for backward; None: as torch keeps them.
 
         Returns:
             Parameters and state after this batch, and the predictions made *before* the update.
         """
-        output = self.evaluate(model, parameters, images, step)
-        if output.loss is None or apply is None:
-            return parameters, state, output
-        parameters, rule_state = apply(output.loss, parameters, state.rule)
-        return parameters, replace(state, rule=rule_state), output
+        if not self.updates or apply is None:
+            return parameters, state, self.evaluate(model, parameters, images, step)
+        if memory is None:
+            output = self.evaluate(model, parameters, images, step)
+            parameters, rule_state = apply(_loss(output), parameters, state.rule)
+            return parameters, replace(state, rule=rule_state), output
+
+        def loss_of(some: Tensor) -> Tensor:
+            return _loss(self.evaluate(model, parameters, some, step))
+
+        with memory.step(model, loss_of, parameters, state.pruning, images) as kept:
+            output = self.evaluate(model, parameters, images, step)
+            parameters, rule_state = apply(_loss(output), parameters, state.rule)
+        refused = rule_state is state.rule and rule_state is not None
+        if not refused:  # else nothing is to be learned from the batch
+            state = replace(state, rule=rule_state, pruning=kept.state)
+        return parameters, state, output
 
     def to(self, *args: Any, **kwargs: Any) -> "AdaptationPolicy":
         """Move the learned tensors and the source statistics."""
@@ -155,3 +176,9 @@ class AdaptationPolicy(nn.Module):
         from metaopt.policy.checkpoint import load_policy
 
         return load_policy(path)
+
+
+def _loss(output: StepOutput) -> Tensor:
+    """The loss of a method that updates, which has one."""
+    assert output.loss is not None
+    return output.loss

@@ -1,6 +1,6 @@
 """What changes while a policy adapts, apart from the parameters themselves."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,13 +14,17 @@ class PolicyState:
 
     # Changes at every update.
     rule: Any = None  # the update rule's own state: a tree of tensors, or None for a method without updates
+    pruning: Any = None  # the pruning rule's: what earlier gradients told of the layers; None without such a rule
+
+    @property
+    def tree(self) -> tuple[Any, ...]:
+        """All parts, as one tree of tensors."""
+        return tuple(getattr(self, part.name) for part in fields(self))
 
 
 def map_tensors(function: Any, state: PolicyState) -> PolicyState:
     """The same state with ``function`` applied to each of its tensors."""
-    return replace(
-        state, rule=pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, state.rule)
-    )
+    return PolicyState(*pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, state.tree))
 
 
 def detached_state(state: PolicyState) -> PolicyState:
@@ -35,7 +39,7 @@ def copied_state(state: PolicyState) -> PolicyState:
 
 def state_to_list(state: PolicyState) -> list[Tensor]:
     """The state's tensors in a fixed order, for a file."""
-    return [leaf for leaf in pytree.tree_leaves(copied_state(state).rule) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(copied_state(state).tree) if isinstance(leaf, Tensor)]
 
 
 def state_from_list(tensors: list[Tensor], like: PolicyState) -> PolicyState:
@@ -44,10 +48,10 @@ def state_from_list(tensors: list[Tensor], like: PolicyState) -> PolicyState:
     Raises:
         ValueError: another number of tensors, or another shape, than ``like`` has.
     """
-    leaves, structure = pytree.tree_flatten(like.rule)
+    leaves, structure = pytree.tree_flatten(like.tree)
     slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if [tuple(tensor.shape) for tensor in tensors] != [tuple(leaves[index].shape) for index in slots]:
         raise ValueError("the saved state belongs to another rule or another model")
     for index, tensor in zip(slots, tensors, strict=True):
         leaves[index] = tensor.to(leaves[index])
-    return replace(like, rule=pytree.tree_unflatten(leaves, structure))
+    return PolicyState(*pytree.tree_unflatten(leaves, structure))

@@ -1,5 +1,12 @@
-"""Adaptation memory: what autograd keeps for backward, and how small."""
+"""What is kept for backward: codecs, the engine that stores by them, and the rules that choose the rates."""
 
 from metaopt.sparsity.codec import Rate as Rate
+from metaopt.sparsity.memory import MEMORIES as MEMORIES
+from metaopt.sparsity.memory import ActivationMemory as ActivationMemory
+from metaopt.sparsity.memory import MemoryConfig as MemoryConfig
+from metaopt.sparsity.rules import PRUNING_RULES as PRUNING_RULES
+from metaopt.sparsity.rules import PruningRule as PruningRule
+from metaopt.sparsity.rules import PruningState as PruningState
+from metaopt.sparsity.rules import build_rule as build_rule
 from metaopt.sparsity.saved import LayerRecord as LayerRecord
 from metaopt.sparsity.saved import SavedActivations as SavedActivations

@@ -1,0 +1,232 @@
+"""What a model keeps for backward at each rate and batch size, known before the first real batch.
+
+Dry runs on 2 and on 4 images measure the bytes of each layer at each rate of the menu. They are affine in the number of
+images, so two points give them for any batch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from metaopt.measure import MemoryMeter
+from metaopt.sparsity.codec import Rate
+from metaopt.sparsity.importance import learning_layers, match_layers
+from metaopt.sparsity.ratios import MIB, Layer, LayerTable
+from metaopt.sparsity.saved import SavedActivations
+from metaopt.types import Parameters
+
+SIZES = (2, 4)  # images of the dry runs
+MENU = (
+    *(Rate(bits) for bits in (32, 16, 8, 6, 5, 4, 3, 2, 1)),
+    *(Rate(bits, keep) for bits, keep in ((4, 0.5), (4, 0.25), (3, 0.5), (3, 0.25), (3, 0.1), (3, 0.05))),
+)
+"""Rates that a rule chooses from; what is no bargain for a layer drops out by itself."""
+CHEAPEST = Rate(1)
+RATIOS = (Rate(32, 0.75), Rate(32, 0.25))  # between and beyond these, bytes in float32 are affine in the keep ratio
+SLACK = 64  # bytes a layer, for codes that are rounded up to whole bytes
+MASK_SHARE = 1 / 16  # of the dense bytes, float32: a bit an entry is 1 / 32
+SAMPLES = (64, 16, 16, 16)  # of a standard normal, on which distortions are measured
+
+Pass = Callable[[Tensor], Tensor]
+"""One forward pass on images (n, 3, H, W): a scalar to differentiate."""
+
+
+_Fit = tuple[NDArray[numpy.float64], NDArray[numpy.float64]]
+
+
+class _Peak(NamedTuple):
+    """What a pass forth and back holds, bytes."""
+
+    total: int  # at its peak
+    layers: int  # when the forward pass is done
+
+
+class Profile:
+    """The layers of a model at any batch size.
+
+    Args:
+        model: the model that ``loss_of`` runs.
+        loss_of: one forward pass.
+        parameters: what is differentiated.
+        images: a batch, (B, 3, H, W); the dry runs take the first of it, over again where it has too few.
+        prunes: whether the menu has rates that prune, or bits alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor, *, prunes: bool = True
+    ) -> None:
+        self.menu = tuple(rate for rate in MENU if prunes or rate.keep == 1.0)
+        few = [images[torch.arange(size, device=images.device) % len(images)] for size in SIZES]
+        cheapest = [_peak(model, loss_of, parameters, some, CHEAPEST) for some in few]
+        finest = _peak(model, loss_of, parameters, few[-1], Rate())
+        self._outside = [_outside(model, loss_of, parameters, some) for some in few]
+        # What is in passing where layers hold least: the more they hold, the more room there is for it when it comes.
+        self._passing = [max(0, peak.total - peak.layers) for peak in cheapest]
+        rates = (*self.menu, *(RATIOS if prunes else ()))
+        runs = {rate: [_dry_run(model, loss_of, some, rate) for some in few] for rate in rates}
+        first = runs[Rate()]
+        self._groups = _groups(first[0], list(learning_layers(parameters)))
+        self._kinds = {name: first[0][name].kind for name in self._groups}
+        self._dense = self._affine([{name: part.dense for name, part in run.items()} for run in first])
+        self._held = {
+            rate: self._affine([{name: part.held for name, part in run.items()} for run in pair])
+            for rate, pair in runs.items()
+        }
+
+        self._ordered = self._is_ordered([cheapest[-1], finest])
+
+    def table(self, images: int) -> LayerTable:
+        """The layers for a batch of so many images."""
+        dense = _at(self._dense, images)
+        held = {rate: _at(fit, images) + SLACK for rate, fit in self._held.items()}
+        layers = [
+            Layer(
+                name,
+                self._kinds[name],
+                max(1, int(dense[row])),
+                _Cost({rate: int(sizes[row]) for rate, sizes in held.items()}),
+                followers,
+            )
+            for row, (name, followers) in enumerate(self._groups.items())
+        ]
+        return self._assemble(layers, images)
+
+    def _assemble(self, layers: Sequence[Layer], images: int) -> LayerTable:
+        least = numpy.array([layer.cost(CHEAPEST) for layer in layers])
+        after = least[::-1].cumsum()[::-1] - least  # what the later layers hold at the cheapest rates
+        passing = numpy.minimum(_scaled(self._passing, images) + after, [layer.dense_bytes for layer in layers])
+        errors = [distortion(rate) for rate in self.menu]
+        return LayerTable(layers, self.menu, errors, _scaled(self._outside, images), passing.tolist(), self._ordered)
+
+    def _is_ordered(self, peaks: Sequence[_Peak]) -> bool:
+        """Whether peaks are explained by layers that backward frees one after the other."""
+        self._ordered = True
+        table = self.table(SIZES[1])
+        return all(
+            peak.total + table.fixed <= table.peak(table.costs[:, self.menu.index(rate)])
+            for peak, rate in zip(peaks, (CHEAPEST, Rate()), strict=True)
+        )
+
+    def _affine(self, pair: Sequence[dict[str, int]]) -> _Fit:
+        """Bytes of each group for 2 images, and the slope per image, both (L,)."""
+        small, large = (
+            numpy.array(
+                [sum(sizes.get(part, 0) for part in (name, *rest)) for name, rest in self._groups.items()], float
+            )
+            for sizes in pair
+        )
+        return small, (large - small) / (SIZES[1] - SIZES[0])
+
+
+class _Cost:
+    """Bytes of one layer: as measured, and between the measured keep ratios in float32 on a line."""
+
+    def __init__(self, measured: dict[Rate, int]) -> None:
+        self._measured = measured
+        self._slope = self._start = math.nan
+        if RATIOS[0] not in measured:
+            return
+        (more, less), (high, low) = RATIOS, (measured[rate] for rate in RATIOS)
+        self._slope = (high - low) / (more.keep - less.keep)
+        self._start = low - self._slope * less.keep
+
+    def __call__(self, rate: Rate) -> int:
+        if rate in self._measured:
+            return self._measured[rate]
+        return math.ceil(self._start + self._slope * rate.keep)
+
+
+@lru_cache(maxsize=256)
+def distortion(rate: Rate) -> float:
+    """Relative squared error of a layer's normalised activation at a rate, on standard normal values; in [0, 1]."""
+    values = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0))
+    error = (as_kept(values, rate) - values).square().sum() / values.square().sum()
+    return min(1.0, float(error))
+
+
+def as_kept(inputs: Tensor, rate: Rate) -> Tensor:
+    """What backward gets to see of the input of a batch normalisation that was kept at a rate.
+
+    Args:
+        inputs: (B, C, ...).
+        rate: how it was kept.
+    """
+    layer = nn.BatchNorm1d(inputs.shape[1], track_running_stats=False).to(inputs)
+    with torch.enable_grad(), SavedActivations(layer, memory="pruned", default=rate):
+        node = layer(inputs.detach().flatten(2)).grad_fn
+    assert node is not None
+    with torch.no_grad():
+        return node._saved_input.view_as(inputs)  # type: ignore[attr-defined]  # reading it unpacks it
+
+
+class _Part(NamedTuple):
+    """What one module kept in a dry run; bytes."""
+
+    kind: str
+    dense: int
+    held: int
+
+
+def _dry_run(model: nn.Module, loss_of: Pass, images: Tensor, rate: Rate) -> dict[str, _Part]:
+    """What each module keeps of one forward pass at one rate, by its name."""
+    parts: dict[str, _Part] = {}
+    with torch.enable_grad(), SavedActivations(model, memory="pruned", default=rate) as saved:
+        loss = loss_of(images)
+        for record in saved.layers:
+            kind, dense, held = parts.get(record.name, (record.kind, 0, 0))
+            parts[record.name] = _Part(kind, dense + record.dense_bytes, held + record.held_bytes)
+        del loss
+    return parts
+
+
+def _groups(parts: dict[str, _Part], learning: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Modules that keep a mask at most, under the name of the learning layer upstream; all others by themselves."""
+    names = list(parts)
+    groups: dict[str, list[str]] = {}
+    for name, source in zip(names, match_layers(names, learning), strict=True):
+        _, dense, held = parts[name]
+        leader = learning[source]
+        if name != leader and leader in parts and held <= dense * MASK_SHARE:
+            groups.setdefault(leader, []).append(name)
+        else:
+            groups.setdefault(name, [])
+    return {name: tuple(followers) for name, followers in groups.items()}
+
+
+def _peak(model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor, rate: Rate) -> _Peak:
+    with torch.enable_grad(), SavedActivations(model, memory="pruned", default=rate) as saved:
+        loss = loss_of(images)
+        layers = sum(record.held_bytes for record in saved.layers)
+        torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return _Peak(saved.peak_bytes, layers)
+
+
+def _outside(model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor) -> int:
+    """Bytes that a forward pass holds beside what the engine stores, such as for the loss."""
+    with (
+        torch.enable_grad(),
+        MemoryMeter([*parameters.values(), images], model=model) as meter,
+        SavedActivations(model, memory="pruned", default=CHEAPEST) as saved,
+    ):
+        loss = loss_of(images)
+        held = round(meter.held_mib * MIB) - saved.held_bytes
+        del loss
+    return max(0, held)
+
+
+def _scaled(pair: Sequence[int], images: int) -> int:
+    """A number of bytes for 2 and 4 images at any number of them; never below either."""
+    small, large = pair
+    slope = max(0.0, (large - small) / (SIZES[1] - SIZES[0]))
+    return max(small, large, math.ceil(small + slope * (images - SIZES[0])))
+
+
+def _at(fit: _Fit, images: int) -> NDArray[numpy.float64]:
+    start, slope = fit
+    return numpy.ceil(start + slope * (images - SIZES[0]))

@@ -1,0 +1,247 @@
+"""Which rate each layer's activations are kept at, so that all of them fit into a number of bytes.
+
+Two projections onto a budget, both one monotone search. More budget never takes a byte from any layer.
+
+``allocate``
+    rate-distortion: minimise Σ_l I_l · D(rate_l) subject to Σ_l bytes_l(rate_l) <= budget, over a menu of rates. D is
+    the codec's relative squared error on standard normal values, measured once from the codec itself. On the lower convex
+    hull of each layer's points (bytes, D) the solution for the multiplier λ takes every step whose gain I_l·ΔD/Δbytes is
+    above λ; so all steps, sorted by their gain, are taken in turn while they fit (Shoham and Gersho, IEEE TASSP 1988).
+``scale_ratios``
+    SURGEON's published keep ratios, in float32, times the largest common factor in (0, 1] that fits.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy
+from numpy.typing import NDArray
+
+from metaopt.errors import BudgetError
+from metaopt.sparsity.codec import Rate
+
+MIB = 2**20
+SMALLEST_KEEP = 1 / 256  # of a published ratio: below it the mask alone decides what a layer costs
+HALVINGS = 40  # of the search for a common factor
+
+Costs = Callable[[Rate], int]
+"""Bytes that a layer holds at a rate."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is to be known of one layer that keeps activations, at one batch size.
+
+    Layers that keep a mask at most, such as a ReLU after a normalisation, follow the layer whose codes it is read from,
+    and have its rate.
+    """
+
+    name: str  # qualified name of its module
+    kind: str  # such as "batch_norm", "relu" or "attention"
+    dense_bytes: int  # M_l: what torch would keep
+    cost: Costs
+    followers: tuple[str, ...] = ()  # names of other modules that have its rate
+
+    def rates(self, rate: Rate) -> dict[str, Rate]:
+        """The rate, by the name of each module that has it."""
+        return dict.fromkeys((self.name, *self.followers), rate)
+
+
+class LayerTable:
+    """The layers of a model at one batch size, with what each rate costs and spoils.
+
+    Args:
+        layers: in forward order, with names of their own.
+        menu: rates to choose from.
+        distortions: relative squared error of each rate, (R,), in [0, 1].
+        fixed: bytes that a step holds beside the layers', whatever the rates.
+        unpacked: bytes that are held in passing while backward is at each layer, (L,); None: none.
+        ordered: whether backward meets the layers in reverse order, and lets go of a layer before it comes to the next;
+            else all may be held together with what is unpacked.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        menu: Sequence[Rate],
+        distortions: Sequence[float],
+        fixed: int = 0,
+        unpacked: Sequence[int] | None = None,
+        ordered: bool = True,
+    ) -> None:
+        self.layers, self.menu, self.fixed = tuple(layers), tuple(menu), fixed
+        self.unpacked = numpy.zeros(len(layers), numpy.int64) if unpacked is None else numpy.asarray(unpacked)
+        self.ordered = ordered
+        self.distortions = numpy.asarray(distortions, dtype=float)
+        costs = [[layer.cost(rate) for rate in menu] for layer in layers]
+        self.costs = numpy.array(costs, dtype=numpy.int64).reshape(len(self.layers), len(self.menu))  # (L, R)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def dense_bytes(self) -> NDArray[numpy.int64]:
+        """M_l of each layer, (L,)."""
+        return numpy.array([layer.dense_bytes for layer in self.layers], dtype=numpy.int64)
+
+    def peak(self, held: NDArray[numpy.int64] | Sequence[int]) -> int:
+        """The most bytes that a step holds at once, where its layers hold ``held``, (L,)."""
+        sums = numpy.cumsum(numpy.asarray(held, dtype=numpy.int64))
+        if not self.ordered:
+            sums = numpy.full_like(sums, sums[-1])
+        return int(max(sums[-1], (sums + self.unpacked).max())) + self.fixed
+
+    @cached_property
+    def hulls(self) -> list[list[int]]:
+        """Positions in the menu on the lower convex hull of each layer's points, from the fewest bytes to the most."""
+        return [_hull(costs, self.distortions) for costs in self.costs]
+
+    def rates(self, choices: Sequence[int]) -> dict[str, Rate]:
+        """The rate of each layer by its name, from positions in the menu."""
+        return merged(layer.rates(self.menu[choice]) for layer, choice in zip(self.layers, choices, strict=True))
+
+
+def too_small(smallest: int, budget: int) -> BudgetError:
+    """The error for a budget that nothing fits into; ``smallest`` is what a step holds at least. Both in bytes."""
+    least = math.ceil(100 * smallest / MIB) / 100
+    return BudgetError(
+        f"budget_mib={budget / MIB:g} is too small for this model and batch size; allowed are {least:g} or more: set "
+        f"budget_mib={least:g} or lower batch_size"
+    )
+
+
+def allocate(table: LayerTable, importance: NDArray[numpy.float64], budget: int | None) -> list[int]:
+    """The rate-distortion allocation.
+
+    Args:
+        table: the layers.
+        importance: I_l, (L,), not negative.
+        budget: bytes for the whole step, ``table.fixed`` included; None for the best rate everywhere.
+
+    Returns:
+        A position in the menu for each layer.
+
+    Raises:
+        BudgetError: the cheapest rates are over the budget; the message says what they need.
+    """
+    choices = [hull[0] for hull in table.hulls]
+    if budget is None:
+        return [hull[-1] for hull in table.hulls]
+    least = table.costs[numpy.arange(len(choices)), choices]
+    if table.peak(least) > budget:
+        raise too_small(table.peak(least), budget)
+    layers, sizes, gains, goals = table_steps(table)
+    # Stable, and falling within a layer: a layer's steps come in their order, whatever its importance.
+    order = numpy.argsort(-(importance[layers] * gains), kind="stable")
+
+    def held(taken: int) -> NDArray[numpy.int64]:
+        return least + numpy.bincount(layers[order[:taken]], sizes[order[:taken]], len(choices)).astype(numpy.int64)
+
+    taken = bisect_right(range(len(order) + 1), budget, key=lambda taken: table.peak(held(taken))) - 1
+    for step in order[:taken]:
+        choices[layers[step]] = int(goals[step])
+    return choices
+
+
+def table_steps(
+    table: LayerTable,
+) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64], NDArray[numpy.float64], NDArray[numpy.int64]]:
+    """All steps along the layers' hulls: layer, bytes, error saved per byte, and the rate that the step leads to."""
+    rows = [
+        (layer, table.costs[layer, after] - table.costs[layer, before], before, after)
+        for layer, hull in enumerate(table.hulls)
+        for before, after in pairwise(hull)
+    ]
+    layers, sizes, befores, goals = numpy.array(rows, dtype=numpy.int64).reshape(-1, 4).T
+    return layers, sizes, (table.distortions[befores] - table.distortions[goals]) / sizes, goals
+
+
+def scale_ratios(table: LayerTable, ratios: NDArray[numpy.float64], budget: int | None) -> dict[str, Rate]:
+    """Published keep ratios within a budget.
+
+    Args:
+        table: the layers.
+        ratios: r_l, (L,) in [0, 1].
+        budget: bytes for the whole step; None leaves the ratios as they are.
+
+    Raises:
+        BudgetError: the smallest ratios are over the budget.
+    """
+
+    layers = table.layers
+
+    def scaled(factor: float) -> list[Rate]:
+        return [_kept(layer, max(SMALLEST_KEEP, factor * float(r))) for layer, r in zip(layers, ratios, strict=True)]
+
+    def total(factor: float) -> int:
+        return table.peak([layer.cost(rate) for layer, rate in zip(layers, scaled(factor), strict=True)])
+
+    factor = 1.0
+    if budget is not None and total(factor) > budget:
+        low, factor = 0.0, 1.0
+        if total(low) > budget:
+            raise too_small(total(low), budget)
+        for _ in range(HALVINGS):
+            middle = (low + factor) / 2
+            low, factor = (middle, factor) if total(middle) <= budget else (low, middle)
+        factor = low
+    return merged(layer.rates(rate) for layer, rate in zip(layers, scaled(factor), strict=True))
+
+
+def uniform_choice(table: LayerTable, budget: int | None) -> int:
+    """Position of the best single rate for all layers that fits.
+
+    Of two rates the worse one is left out where the better costs no more in any layer, and the better one where it
+    costs less in some: so here too a larger budget takes a byte from no layer.
+
+    Raises:
+        BudgetError: the cheapest rate is over the budget.
+    """
+    totals = table.costs.sum(axis=0)
+    ladder: list[int] = []
+    for rate in sorted(range(len(table.menu)), key=lambda rate: (totals[rate], table.distortions[rate])):
+        if not ladder or (
+            table.distortions[rate] < table.distortions[ladder[-1]]
+            and bool((table.costs[:, rate] >= table.costs[:, ladder[-1]]).all())
+        ):
+            ladder.append(rate)
+    if budget is None:
+        return ladder[-1]
+    fitting = [rate for rate in ladder if table.peak(table.costs[:, rate]) <= budget]
+    if not fitting:
+        raise too_small(table.peak(table.costs[:, ladder[0]]), budget)
+    return fitting[-1]
+
+
+def merged(parts: Iterable[dict[str, Rate]]) -> dict[str, Rate]:
+    """One mapping from many."""
+    return {name: rate for part in parts for name, rate in part.items()}
+
+
+def _kept(layer: Layer, keep: float) -> Rate:
+    """The rate of a keep ratio in float32; dense where the mask would cost more than it saves."""
+    dense, pruned = Rate(32, 1.0), Rate(32, min(1.0, keep))
+    return dense if layer.cost(pruned) >= layer.cost(dense) else pruned
+
+
+def _hull(costs: NDArray[numpy.int64], distortions: NDArray[numpy.float64]) -> list[int]:
+    """Lower convex hull of the points (cost, distortion), by Andrew's monotone chain."""
+    hull: list[int] = []
+    for point in sorted(range(len(costs)), key=lambda point: (costs[point], distortions[point])):
+        if hull and (costs[point] == costs[hull[-1]] or distortions[point] >= distortions[hull[-1]]):
+            continue
+        while len(hull) > 1:
+            first, second = hull[-2], hull[-1]
+            left = (distortions[first] - distortions[second]) * (costs[point] - costs[second])
+            right = (distortions[second] - distortions[point]) * (costs[second] - costs[first])
+            if left > right:
+                break
+            hull.pop()
+        hull.append(point)
+    return hull
