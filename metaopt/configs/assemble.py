@@ -145,6 +145,7 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
             clean_view=meta.clean_view,
         ),
         unroll=UnrollConfig(meta.gradient, meta.truncation, meta.term_steps),
+        rates=meta.rates,
         loss=meta.loss,
         tempered=meta.tempered,
         backend=meta.backend,

@@ -155,6 +155,7 @@ class MetaSection:
     select_best: bool
     report_tasks: int
     report_adam_lr: float
+    rates: bool = False
 
     def __post_init__(self) -> None:
         """Check what no other part checks."""

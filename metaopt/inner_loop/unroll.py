@@ -18,6 +18,7 @@ steps since the last cut.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -27,9 +28,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaopt.errors import ConfigError
 from metaopt.inner_loop.func import FuncApply, gradients_of
+from metaopt.inner_loop.rates import RateProbe, RateTask, soft_choices
 from metaopt.parameters import detached, flatten
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import PolicyState, detached_state
+from metaopt.sparsity.head import LearnedRates
+from metaopt.sparsity.importance import gradient_importance, learning_layers
 from metaopt.types import ApplyUpdate, Parameters, StepOutput
 
 GRADIENTS = ("first_order", "full")
@@ -102,6 +106,7 @@ def meta_gradient(
     apply: ApplyUpdate | None = None,
     config: UnrollConfig | None = None,
     generator: torch.Generator | None = None,
+    rates: RateTask | None = None,
 ) -> MetaGradient:
     """Unroll the policy over K + 1 batches and differentiate the mean meta-loss in its learned tensors.
 
@@ -114,7 +119,8 @@ def meta_gradient(
         meta_loss: label-free score of a position.
         apply: differentiable update of a backend; default: ``func``.
         config: way of differentiation.
-        generator: source of the steps at which each term's own gradient is taken.
+        generator: source of the steps at which each term's own gradient is taken, and that of the rates.
+        rates: what is asked of learned rates; None: they do not take part.
 
     Raises:
         ConfigError: fewer than two batches, or a policy that never updates.
@@ -124,7 +130,7 @@ def meta_gradient(
         raise ConfigError(f"an unroll got {len(batches)} batches; it needs K + 1 >= 2: give at least two")
     if policy.rule is None:
         raise ConfigError(f"method {policy.method!r} never updates, so it has no meta-gradient: choose one with a rule")
-    run = _Unroll(policy, model, batches, meta_loss, apply or FuncApply(policy.rule), config)
+    run = _Unroll(policy, model, batches, meta_loss, apply or FuncApply(policy.rule), config, rates)
     if config.gradient == "full":
         parameters, state = run.full(parameters, state)
     else:
@@ -152,6 +158,7 @@ class _Unroll:
         meta_loss: MetaLoss,
         apply: ApplyUpdate,
         config: UnrollConfig,
+        rates: RateTask | None = None,
     ) -> None:
         self.policy, self.model, self.batches = policy, model, batches
         self.meta_loss, self.apply, self.config = meta_loss, apply, config
@@ -159,6 +166,7 @@ class _Unroll:
         self.gradients = {name: torch.zeros_like(tensor) for name, tensor in self.learned.items()}
         self.losses: list[Tensor] = []
         self.term_steps: set[int] = set()
+        self.rates, self.rate_step = rates, -1
 
     @property
     def steps(self) -> int:
@@ -219,6 +227,8 @@ class _Unroll:
         count = min(self.config.term_steps or self.steps, self.steps)
         if self.policy.objective is not None and any(w.requires_grad for w in self.policy.objective.weights().values()):
             self.term_steps = set(torch.randperm(self.steps, generator=generator)[:count].tolist())
+        if self.rates is not None and isinstance(self.policy.pruning, LearnedRates):
+            self.rate_step = int(torch.randint(self.steps, (), generator=generator))
 
     def _adapt(
         self, parameters: Parameters, state: PolicyState | None, notes: _Notes
@@ -231,17 +241,21 @@ class _Unroll:
             leaves = detached(parameters)
             if position in starts:
                 notes.starts[position] = (leaves, detached_state(state))
-            inner = self._note(leaves, position, notes)
+            inner = self._note(leaves, position, notes, state)
             if inner is not None:
                 notes.inner.append(inner)
                 parameters, state = self._update(leaves, inner, state)
         return detached(parameters), detached_state(state)
 
-    def _note(self, leaves: Parameters, position: int, notes: _Notes) -> list[tuple[Tensor, Parameters]] | None:
+    def _note(
+        self, leaves: Parameters, position: int, notes: _Notes, state: PolicyState
+    ) -> list[tuple[Tensor, Parameters]] | None:
         """One forward pass and its backward passes. The network's graph ends with this call."""
         batch = self.batches[position]
-        with torch.enable_grad():
+        probe = RateProbe(self.model, learning_layers(leaves)) if position == self.rate_step else None
+        with torch.enable_grad(), nullcontext() if probe is None else probe.watching():
             output = self.policy.evaluate(self.model, leaves, batch.images, position)
+            spoiled = None if probe is None else self._spoiled(probe, output, leaves, state)
             score = self.meta_loss(output, batch) if position > 0 else None
             shared = score is not None and self.meta_loss.own_objective and position not in self.term_steps
             inner = None
@@ -250,7 +264,15 @@ class _Unroll:
             if score is not None:
                 notes.meta.append(inner[0][1] if shared and inner is not None else gradients_of(score, leaves))
                 self.losses.append(score.detach())
-        return inner
+        return inner if inner is None or spoiled is None else [*inner, spoiled]
+
+    def _spoiled(
+        self, probe: RateProbe, output: StepOutput, leaves: Parameters, state: PolicyState
+    ) -> tuple[Tensor, Parameters]:
+        """What learned rates change of this step's gradient; it stands for all steps."""
+        assert isinstance(self.policy.pruning, LearnedRates) and self.rates is not None and output.loss is not None
+        choices = soft_choices(self.policy.pruning, self.rates, leaves, state.pruning, float(self.steps))
+        return output.loss.new_ones(()), probe.correction(output.loss, choices, self.rates.table, leaves)
 
     def _inner_gradients(
         self, output: StepOutput, leaves: Parameters, position: int, keep: bool
@@ -279,7 +301,11 @@ class _Unroll:
         with torch.no_grad():
             gradients = {name: torch.stack([w * each[name] for w, each in inner]).sum(dim=0) for name in leaves}
             updates, rule_state = self.policy.rule.update(gradients, state.rule)
-            return {name: leaf - updates[name] for name, leaf in leaves.items()}, replace(state, rule=rule_state)
+            pruning = state.pruning
+            if self.policy.pruning is not None:
+                pruning = self.policy.pruning.observe(gradient_importance(gradients, learning_layers(leaves)), pruning)
+            state = replace(state, rule=rule_state, pruning=pruning)
+            return {name: leaf - updates[name] for name, leaf in leaves.items()}, state
 
     def _accumulate(self, total: Tensor) -> None:
         """Add the gradient of one segment's share of the mean meta-loss."""

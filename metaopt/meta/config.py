@@ -23,6 +23,7 @@ class MetaTrainConfig:
     objective: dict[str, float] = field(default_factory=lambda: {"slr": 1.0, "diversity": 1.0})
     tasks: TaskConfig = field(default_factory=TaskConfig)
     unroll: UnrollConfig = field(default_factory=UnrollConfig)
+    rates: bool = False  # whether rates of what is kept of each layer are learned too, for any budget
     loss: str = "clean_teacher"
     tempered: bool = True  # whether the clean teacher is compared at the best temperature
     backend: str = "func"
@@ -53,6 +54,11 @@ class MetaTrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"meta.{key} is {value}; it must be at least 1: set meta.{key}=1 or more")
+        if self.rates and self.unroll.gradient != "first_order":
+            raise ConfigError(
+                f"meta.rates=true does not go with meta.gradient={self.unroll.gradient}; allowed is first_order: set "
+                "meta.gradient=first_order"
+            )
         if not self.selection_shifts:
             raise ConfigError(
                 "meta.selection_shifts is empty; at least one shift is needed to choose the best epoch on: set "

@@ -13,15 +13,18 @@ from metaopt.data.seeding import generator_for
 from metaopt.data.shifts import META, Shift, shift_names
 from metaopt.errors import CheckpointError, DataError
 from metaopt.generator import GradientGenerator
-from metaopt.inner_loop import MetaBatch, build_backend, learned_tensors, meta_gradient, unrolled_loss
+from metaopt.inner_loop import MetaBatch, RateTask, build_backend, learned_tensors, meta_gradient, unrolled_loss
 from metaopt.measure import Monitor, curve_figure
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.loss import CleanTeacher, build_meta_loss
 from metaopt.meta.tasks import Task, TaskSampler
 from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
-from metaopt.parameters import adapted_layout
+from metaopt.parameters import adapted_layout, detached
 from metaopt.policy import AdaptationPolicy, SourceRecord, new_policy
+from metaopt.sparsity import LayerTable, Profile, RatesConfig
+
+LEAST_BUDGET = 1.1  # of the budgets that tasks have, times what the cheapest rates hold
 
 
 @dataclass
@@ -79,6 +82,7 @@ class MetaTrainer:
             config.objective,
             layout.names,
             learned_objective=not self.meta_loss.own_objective,
+            rates=RatesConfig() if config.rates else None,
             seed=config.seed,
         ).to(images.device, next(iter(self.parameters.values())).dtype)
         assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)
@@ -91,6 +95,7 @@ class MetaTrainer:
         self.randomness = generator_for("meta-training", config.seed)
         self.counters = Counters()
         self.best = self._weights()
+        self._table: LayerTable | None = None
 
     def run(
         self,
@@ -194,6 +199,7 @@ class MetaTrainer:
     def _unroll(self, steps: int) -> float:
         """One task: meta-updates along it, or one at its end. Returns the mean meta-loss."""
         task = self.sampler.sample(steps, self.randomness)
+        rates = self._rate_task(task[0].images) if self.config.rates else None
         length = min(self.config.update_every or steps, steps)
         parameters, state = self.parameters, None
         losses: list[Tensor] = []
@@ -208,12 +214,29 @@ class MetaTrainer:
                 apply=self.apply,
                 config=self.config.unroll,
                 generator=self.randomness,
+                rates=rates,
             )
             parameters, state = result.parameters, result.state
             losses.extend(result.losses)
             self._update(result.loss, result.gradients, steps)
         self._log_unroll(losses)
         return float(torch.stack(losses).mean())
+
+    def _rate_task(self, images: Tensor) -> RateTask:
+        """A budget drawn log-uniformly, from a little above what the cheapest rates hold to what the dearest do."""
+        if self._table is None:
+            leaves = detached(self.parameters)
+
+            def loss_of(some: Tensor) -> Tensor:
+                loss = self.policy.evaluate(self.model, leaves, some).loss
+                assert loss is not None
+                return loss
+
+            self._table = Profile(self.model, loss_of, leaves, images).table(len(images))
+        totals = self._table.costs.sum(axis=0)
+        low, high = math.log(LEAST_BUDGET * totals.min()), math.log(totals.max())
+        budget = math.exp(low + float(torch.rand((), generator=self.randomness)) * (high - low))
+        return RateTask(self._table, int(budget) + self._table.fixed)
 
     def _update(self, loss: Tensor, gradients: dict[str, Tensor], steps: int) -> None:
         """One step of the meta-optimizer, unless the loss or a gradient is not finite."""

@@ -15,6 +15,7 @@ from metaopt.models import ModelSpec, SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.parameters import ParameterLayout, adapted_layout
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.sparsity import LearnedRates, RatesConfig
 from metaopt.types import SourceStatistics
 
 FORMAT = "metaopt-policy"
@@ -45,8 +46,10 @@ def policy_to_dict(policy: AdaptationPolicy) -> dict[str, Any]:
         raise CheckpointError(
             f"method {policy.method!r} cannot be saved as a policy; allowed is a meta-trained one: train it first"
         )
-    statistics = policy.statistics
+    statistics, rates = policy.statistics, policy.pruning
+    learned_rates = {"rates": rates.config.to_dict()} if isinstance(rates, LearnedRates) else {}
     return {
+        **learned_rates,
         "format": FORMAT,
         "version": VERSION,
         "method": policy.method,
@@ -99,6 +102,7 @@ def _build(values: Mapping[str, Any]) -> AdaptationPolicy:
         statistics=None
         if statistics is None
         else SourceStatistics(tuple(statistics["mean"]), tuple(statistics["std"])),
+        pruning=LearnedRates(RatesConfig(**values["rates"])) if "rates" in values else None,
     )
     dtypes = {tensor.dtype for tensor in values["weights"].values()}
     if len(dtypes) == 1:

@@ -10,7 +10,7 @@ from metaopt.errors import ConfigError
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
 from metaopt.objectives import WeightedObjective
 from metaopt.policy.policy import AdaptationPolicy
-from metaopt.sparsity import PRUNING_RULES, PruningRule, build_rule
+from metaopt.sparsity import PRUNING_RULES, LearnedRates, PruningRule, RatesConfig, build_rule
 from metaopt.types import SourceStatistics
 
 UPDATES = ("none", *HAND_MADE_RULES, "generator")
@@ -124,19 +124,24 @@ def new_policy(
     *,
     learned_objective: bool,
     statistics: SourceStatistics | None = None,
+    rates: RatesConfig | None = None,
     seed: int = 0,
 ) -> AdaptationPolicy:
     """A policy before meta-training: a fresh generator, drawn from ``seed``, and the objective's first weights.
+
+    ``rates``: also fresh learned rates.
 
     Terms of weight 0 are left out.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rule = GradientGenerator(generator, tensors)
+        pruning = None if rates is None else LearnedRates(rates)
     weights = {name: weight for name, weight in objective.items() if weight != 0}
     return AdaptationPolicy(
         "policy",
         objective=WeightedObjective(weights, learned=learned_objective),
         rule=rule,
         statistics=statistics,
+        pruning=pruning,
     )

@@ -49,8 +49,8 @@ def match_layers(names: Sequence[str], learning: Sequence[str]) -> list[int]:
     """Which learning layer's gradient stands for each layer that keeps activations.
 
     A layer with a weight that learns has its own, by name. Any other (ReLU, GELU, attention, a frozen convolution)
-    takes that of the nearest learning layer upstream, which is where the gradient that it passes on is used next; layers
-    before the first learning one take the first.
+    takes that of the nearest learning layer upstream, which is where the gradient that it passes on is used next;
+    layers before the first learning one take the first.
 
     Args:
         names: layers that keep activations, in forward order, by their qualified name.

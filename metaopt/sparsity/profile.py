@@ -1,7 +1,7 @@
 """What a model keeps for backward at each rate and batch size, known before the first real batch.
 
-Dry runs on 2 and on 4 images measure the bytes of each layer at each rate of the menu. They are affine in the number of
-images, so two points give them for any batch.
+Dry runs on two small numbers of images measure the bytes of each layer at each rate of the menu. They are affine in the
+number of images, so two points give them for any batch.
 """
 
 import math
@@ -21,7 +21,9 @@ from metaopt.sparsity.ratios import MIB, Layer, LayerTable
 from metaopt.sparsity.saved import SavedActivations
 from metaopt.types import Parameters
 
-SIZES = (2, 4)  # images of the dry runs
+FEW = 2  # images of the smaller dry runs; the larger ones have twice as many
+FEW_BYTES = 2**20  # that a dry run should keep: very small tensors are not coded at all
+MOST = 32  # images of the smaller dry runs at most
 MENU = (
     *(Rate(bits) for bits in (32, 16, 8, 6, 5, 4, 3, 2, 1)),
     *(Rate(bits, keep) for bits, keep in ((4, 0.5), (4, 0.25), (3, 0.5), (3, 0.25), (3, 0.1), (3, 0.05))),
@@ -62,7 +64,9 @@ class Profile:
         self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor, *, prunes: bool = True
     ) -> None:
         self.menu = tuple(rate for rate in MENU if prunes or rate.keep == 1.0)
-        few = [images[torch.arange(size, device=images.device) % len(images)] for size in SIZES]
+        size = _enough(model, loss_of, images)
+        few = [_take(images, size), _take(images, 2 * size)]
+        self._size = size
         cheapest = [_peak(model, loss_of, parameters, some, CHEAPEST) for some in few]
         finest = _peak(model, loss_of, parameters, few[-1], Rate())
         self._outside = [_outside(model, loss_of, parameters, some) for some in few]
@@ -83,8 +87,8 @@ class Profile:
 
     def table(self, images: int) -> LayerTable:
         """The layers for a batch of so many images."""
-        dense = _at(self._dense, images)
-        held = {rate: _at(fit, images) + SLACK for rate, fit in self._held.items()}
+        dense = self._at(self._dense, images)
+        held = {rate: self._at(fit, images) + SLACK for rate, fit in self._held.items()}
         layers = [
             Layer(
                 name,
@@ -100,28 +104,41 @@ class Profile:
     def _assemble(self, layers: Sequence[Layer], images: int) -> LayerTable:
         least = numpy.array([layer.cost(CHEAPEST) for layer in layers])
         after = least[::-1].cumsum()[::-1] - least  # what the later layers hold at the cheapest rates
-        passing = numpy.minimum(_scaled(self._passing, images) + after, [layer.dense_bytes for layer in layers])
+        passing = numpy.minimum(self._scaled(self._passing, images) + after, [layer.dense_bytes for layer in layers])
         errors = [distortion(rate) for rate in self.menu]
-        return LayerTable(layers, self.menu, errors, _scaled(self._outside, images), passing.tolist(), self._ordered)
+        return LayerTable(
+            layers, self.menu, errors, self._scaled(self._outside, images), passing.tolist(), self._ordered
+        )
 
     def _is_ordered(self, peaks: Sequence[_Peak]) -> bool:
         """Whether peaks are explained by layers that backward frees one after the other."""
         self._ordered = True
-        table = self.table(SIZES[1])
+        table = self.table(2 * self._size)
         return all(
             peak.total + table.fixed <= table.peak(table.costs[:, self.menu.index(rate)])
             for peak, rate in zip(peaks, (CHEAPEST, Rate()), strict=True)
         )
 
     def _affine(self, pair: Sequence[dict[str, int]]) -> _Fit:
-        """Bytes of each group for 2 images, and the slope per image, both (L,)."""
+        """Bytes of each group in the smaller dry run, and the slope per image, both (L,)."""
         small, large = (
             numpy.array(
                 [sum(sizes.get(part, 0) for part in (name, *rest)) for name, rest in self._groups.items()], float
             )
             for sizes in pair
         )
-        return small, (large - small) / (SIZES[1] - SIZES[0])
+        return small, (large - small) / self._size
+
+    def _at(self, fit: _Fit, images: int) -> NDArray[numpy.float64]:
+        """Bytes of each group for a batch of so many images, (L,)."""
+        start, slope = fit
+        return numpy.ceil(start + slope * (images - self._size))
+
+    def _scaled(self, pair: Sequence[int], images: int) -> int:
+        """A number of bytes in both dry runs at any number of images; never below either."""
+        small, large = pair
+        slope = max(0.0, (large - small) / self._size)
+        return max(small, large, math.ceil(small + slope * (images - self._size)))
 
 
 class _Cost:
@@ -159,10 +176,10 @@ def as_kept(inputs: Tensor, rate: Rate) -> Tensor:
     """
     layer = nn.BatchNorm1d(inputs.shape[1], track_running_stats=False).to(inputs)
     with torch.enable_grad(), SavedActivations(layer, memory="pruned", default=rate):
-        node = layer(inputs.detach().flatten(2)).grad_fn
+        node = layer(inputs.detach().reshape(*inputs.shape[:2], -1)).grad_fn
     assert node is not None
     with torch.no_grad():
-        return node._saved_input.view_as(inputs)  # type: ignore[attr-defined]  # reading it unpacks it
+        return node._saved_input.reshape(inputs.shape)  # type: ignore[attr-defined]  # reading it unpacks it
 
 
 class _Part(NamedTuple):
@@ -171,6 +188,22 @@ class _Part(NamedTuple):
     kind: str
     dense: int
     held: int
+
+
+def _take(images: Tensor, count: int) -> Tensor:
+    """The first images, over again where there are too few."""
+    return images[torch.arange(count, device=images.device) % len(images)]
+
+
+def _enough(model: nn.Module, loss_of: Pass, images: Tensor) -> int:
+    """How many images a dry run needs so that what it keeps is typical."""
+    size = FEW
+    while size < MOST:
+        parts = _dry_run(model, loss_of, _take(images, size), Rate())
+        if sum(part.dense for part in parts.values()) >= FEW_BYTES:
+            break
+        size *= 2
+    return size
 
 
 def _dry_run(model: nn.Module, loss_of: Pass, images: Tensor, rate: Rate) -> dict[str, _Part]:
@@ -218,15 +251,3 @@ def _outside(model: nn.Module, loss_of: Pass, parameters: Parameters, images: Te
         held = round(meter.held_mib * MIB) - saved.held_bytes
         del loss
     return max(0, held)
-
-
-def _scaled(pair: Sequence[int], images: int) -> int:
-    """A number of bytes for 2 and 4 images at any number of them; never below either."""
-    small, large = pair
-    slope = max(0.0, (large - small) / (SIZES[1] - SIZES[0]))
-    return max(small, large, math.ceil(small + slope * (images - SIZES[0])))
-
-
-def _at(fit: _Fit, images: int) -> NDArray[numpy.float64]:
-    start, slope = fit
-    return numpy.ceil(start + slope * (images - SIZES[0]))

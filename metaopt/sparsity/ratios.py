@@ -4,9 +4,10 @@ Two projections onto a budget, both one monotone search. More budget never takes
 
 ``allocate``
     rate-distortion: minimise Σ_l I_l · D(rate_l) subject to Σ_l bytes_l(rate_l) <= budget, over a menu of rates. D is
-    the codec's relative squared error on standard normal values, measured once from the codec itself. On the lower convex
-    hull of each layer's points (bytes, D) the solution for the multiplier λ takes every step whose gain I_l·ΔD/Δbytes is
-    above λ; so all steps, sorted by their gain, are taken in turn while they fit (Shoham and Gersho, IEEE TASSP 1988).
+    the codec's relative squared error on standard normal values, measured once from the codec itself. On the lower
+    convex hull of each layer's points (bytes, D) the solution for the multiplier λ takes every step whose gain
+    I_l·ΔD/Δbytes is above λ; so all steps, sorted by their gain, are taken in turn while they fit (Shoham and Gersho,
+    IEEE TASSP 1988).
 ``scale_ratios``
     SURGEON's published keep ratios, in float32, times the largest common factor in (0, 1] that fits.
 """
@@ -111,7 +112,7 @@ def too_small(smallest: int, budget: int) -> BudgetError:
     """The error for a budget that nothing fits into; ``smallest`` is what a step holds at least. Both in bytes."""
     least = math.ceil(100 * smallest / MIB) / 100
     return BudgetError(
-        f"budget_mib={budget / MIB:g} is too small for this model and batch size; allowed are {least:g} or more: set "
+        f"budget_mib={budget / MIB:.4g} is too small for this model and batch size; allowed are {least:g} or more: set "
         f"budget_mib={least:g} or lower batch_size"
     )
 

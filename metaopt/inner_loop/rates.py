@@ -1,0 +1,136 @@
+r"""How a first-order unroll answers for learned rates.
+
+The gradient of a normalisation layer's weight is g = Σ δ·x̂, with the gradient δ at the layer's output and the
+normalised activation x̂. Kept at rate k, backward sees Q_k(x̂) in its place. So one forward and one backward pass tell
+
+    g_l(k) = Σ δ_l · Q_k(x̂_l)        for every layer l and every rate k of the menu,
+
+and a soft choice p_lk of the head stands for the gradient Σ_k p_lk · g_l(k), which is differentiable in the head. What
+a coarser x̂_l does to the gradients of layers upstream, through δ, is left out.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metaopt.sparsity.head import LearnedRates
+from metaopt.sparsity.importance import learning_layers
+from metaopt.sparsity.profile import as_kept
+from metaopt.sparsity.ratios import LayerTable
+from metaopt.sparsity.rules import PruningState
+from metaopt.types import Parameters
+
+
+@dataclass(frozen=True)
+class RateTask:
+    """What a task asks of learned rates."""
+
+    table: LayerTable  # of the model at the task's batch size
+    budget: int  # bytes
+
+
+@dataclass
+class _Layer:
+    """What a forward pass showed of one normalisation layer."""
+
+    normalised: Tensor  # x̂, channels in dimension 1 or last
+    output: Tensor  # of the layer, with its graph
+    channels_first: bool
+
+    def weight_gradient(self, delta: Tensor, normalised: Tensor, shape: torch.Size) -> Tensor:
+        """Σ δ·x̂ over all but the weight's own dimensions."""
+        product = delta * normalised
+        if self.channels_first:
+            return product.sum(dim=[dim for dim in range(product.ndim) if dim != 1])
+        return product.sum(dim=list(range(product.ndim - len(shape))))
+
+    def kept(self, rate) -> Tensor:
+        """Q_k(x̂)."""
+        x = self.normalised
+        if self.channels_first:
+            return as_kept(x, rate)
+        return as_kept(x.reshape(-1, x.shape[-1]), rate).view_as(x)
+
+
+@dataclass
+class RateProbe:
+    """Watches one forward pass of the model."""
+
+    model: nn.Module
+    learning: dict[str, str]  # the weight of each learning layer, by the layer's name
+    layers: dict[str, list[_Layer]] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self) -> Iterator["RateProbe"]:
+        """Inside it, forward passes are recorded."""
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(self._hook(name))
+            for name, tensor in self.learning.items()
+            if tensor.endswith("weight")
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            with torch.no_grad():
+                normalised = _normalised(module, inputs[0])
+            if normalised is not None and output.requires_grad:
+                first = isinstance(module, (_BatchNorm, nn.GroupNorm))
+                self.layers.setdefault(name, []).append(_Layer(normalised, output, first))
+
+        return hook
+
+    def correction(self, loss: Tensor, choices: Tensor, table: LayerTable, like: Parameters) -> Parameters:
+        """What the soft choices add to the exact gradient: Σ_k p_lk · (g_l(k) − g_l), zero where nothing is known.
+
+        Args:
+            loss: of the recorded pass; its graph stays.
+            choices: p, (L, R), for the rows and the menu of ``table``.
+            table: the layers.
+            like: the adapted tensors.
+        """
+        found = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+        rows = {name: row for row, name in enumerate(table.names)}
+        names = [name for name in self.layers if name in rows]
+        outputs = [layer.output for name in names for layer in self.layers[name]]
+        deltas = iter(torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True))
+        for name in names:
+            weight = self.learning[name]
+            for layer in self.layers[name]:
+                delta = next(deltas)
+                errors = [
+                    layer.weight_gradient(delta, layer.kept(rate) - layer.normalised, like[weight].shape)
+                    for rate in table.menu
+                ]
+                found[weight] = found[weight] + torch.einsum("r,r...->...", choices[rows[name]], torch.stack(errors))
+        return found
+
+
+def soft_choices(head: LearnedRates, task: RateTask, like: Parameters, state: PruningState, scale: float) -> Tensor:
+    """p, (L, R), whose derivative counts ``scale`` times: it stands for that many steps."""
+    choices = head.soft_choices(task.table, list(learning_layers(like)), state, task.budget)
+    fixed = choices.detach()
+    return fixed + scale * (choices - fixed)
+
+
+def _normalised(module: nn.Module, x: Tensor) -> Tensor | None:
+    """x̂ of a layer's input; None for a kind of its own."""
+    if isinstance(module, _BatchNorm):
+        mean, var = module.running_mean, module.running_var
+        return functional.batch_norm(x, mean, var, training=mean is None, eps=module.eps)
+    if isinstance(module, nn.LayerNorm):
+        return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return functional.group_norm(x, module.num_groups, eps=module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return functional.rms_norm(x, list(module.normalized_shape), eps=module.eps)
+    return None

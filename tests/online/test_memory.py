@@ -1,0 +1,116 @@
+"""Deployment within a budget: bytes measured, and what a run remembers of its layers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from metaopt.errors import BudgetError, ConfigError
+from metaopt.measure import MemoryMeter
+from metaopt.online import OnlineAdapter
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.sparsity import PRUNING_RULES
+
+from ..tiny import random_images, tiny_model
+
+BATCHES = [random_images(24, seed) for seed in range(5)]
+BUDGET = 0.08  # MiB; dense holds 0.25
+
+
+def tent(pruning: str = "rate_distortion") -> AdaptationPolicy:
+    return build_method(MethodConfig("tent", update="adam", lr=3e-2, objective={"entropy": 1.0}, pruning=pruning))
+
+
+def new_adapter(memory: str = "pruned", budget: float | None = BUDGET, pruning: str = "rate_distortion"):
+    return OnlineAdapter(tiny_model(), tent(pruning), memory=memory, budget_mib=budget)
+
+
+def run(adapter: OnlineAdapter, batches: list[Tensor] = BATCHES) -> list[Tensor]:
+    return [adapter(images) for images in batches]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def metered(adapter: OnlineAdapter, images: Tensor) -> float:
+    adapter.prepare(images)
+    with MemoryMeter([*adapter.parameters.values(), images], model=adapter.model) as meter:
+        adapter(images)
+    return meter.peak_mib
+
+
+CHOOSING: dict[str, Callable[[], OnlineAdapter]] = {
+    name: lambda name=name: new_adapter(pruning=name, budget=2.0 if name in ("published", "single_pass") else BUDGET)
+    for name in PRUNING_RULES
+}
+
+
+@pytest.mark.parametrize("budget", [0.075, 0.1, 0.15, 0.3])
+@pytest.mark.parametrize("pruning", ["rate_distortion", "uniform", "random"])
+def test_what_is_held_stays_within_the_budget_from_the_first_step_on(pruning: str, budget: float) -> None:
+    adapter = new_adapter(pruning=pruning, budget=budget)
+    assert all(metered(adapter, images) <= budget for images in BATCHES[:3])
+    assert metered(adapter, BATCHES[0][:7]) <= budget
+    assert adapter.updates == 4
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_that_is_enough() -> None:
+    adapter = new_adapter(budget=0.01)
+    with pytest.raises(BudgetError, match=r"budget_mib=0.01 is too small .* set budget_mib=") as caught:
+        adapter(BATCHES[0])
+    least = float(str(caught.value).rpartition("budget_mib=")[2].split()[0])
+    assert metered(new_adapter(budget=least), BATCHES[0]) <= least
+
+
+def test_exact_is_dense_up_to_rounding_and_holds_less() -> None:
+    dense, exact = new_adapter("dense", None), new_adapter("exact", None)
+    for left, right in zip(run(dense), run(exact), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    assert metered(exact, BATCHES[0]) < metered(dense, BATCHES[0])
+
+
+def test_compact_with_a_budget_drops_nothing() -> None:
+    adapter = new_adapter("compact", BUDGET)
+    assert metered(adapter, BATCHES[0]) <= BUDGET
+    assert {record.rate.keep for record in adapter.memory.layers} == {1.0}
+
+
+@pytest.mark.parametrize("memory", ["dense", "exact"])
+def test_a_budget_needs_something_to_choose(memory: str) -> None:
+    with pytest.raises(ConfigError, match="leaves no choice"):
+        new_adapter(memory, 1.0)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_saved_and_loaded_in_mid_stream_is_unbroken(name: str, tmp_path: Path) -> None:
+    whole, first, second = (CHOOSING[name]() for _ in range(3))
+    expected = run(whole)
+    logits = run(first, BATCHES[:2])
+    first.save(tmp_path / "stream.pt")
+    run(second, BATCHES[3:])
+    second.load(tmp_path / "stream.pt")
+    assert same(logits + run(second, BATCHES[2:]), expected)
+    second.reset()
+    assert same(run(second), expected)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_refused_batch_teaches_nothing(name: str) -> None:
+    adapter, undisturbed = CHOOSING[name](), CHOOSING[name]()
+    run(adapter, [*BATCHES[:2], BATCHES[2] * float("nan")])
+    run(undisturbed, BATCHES[:2])
+    assert adapter.guard.events == {"nonfinite": 1}
+    assert same(run(adapter, BATCHES[3:]), run(undisturbed, BATCHES[3:]))
+
+
+def test_a_run_remembers_the_gradients_of_its_layers() -> None:
+    adapter = new_adapter()
+    assert torch.equal(adapter.state.pruning.importance, torch.zeros(2))
+    adapter(BATCHES[0])
+    first = adapter.state.pruning.importance
+    adapter(BATCHES[1])
+    assert int(adapter.state.pruning.steps) == 2
+    assert bool((first > 0).all()) and not torch.equal(first, adapter.state.pruning.importance)
