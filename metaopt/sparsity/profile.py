@@ -135,10 +135,10 @@ class Profile:
         return numpy.ceil(start + slope * (images - self._size))
 
     def _scaled(self, pair: Sequence[int], images: int) -> int:
-        """A number of bytes in both dry runs at any number of images; never below either."""
+        """A number of bytes in both dry runs at any number of images."""
         small, large = pair
         slope = max(0.0, (large - small) / self._size)
-        return max(small, large, math.ceil(small + slope * (images - self._size)))
+        return max(0, math.ceil(small + slope * (images - self._size)))
 
 
 class _Cost:
