@@ -24,6 +24,8 @@ class Ledger:
     def __init__(self) -> None:
         self.held = 0
         self.peak = 0
+        self.lent = 0  # of what is held, unpacked for backward
+        self.trace: list[tuple[int, int]] | None = None  # where it is a list: packed and lent bytes at each lending
         self._storages: dict[int, tuple[int, int]] = {}  # storage -> (holds alive, bytes)
         self._lock = threading.RLock()  # backward on an accelerator frees saved tensors from a thread of its own
 
@@ -40,8 +42,20 @@ class Ledger:
 
     def lend(self, tensor: Tensor) -> Tensor:
         """Count what was unpacked for backward, until autograd has dropped it."""
-        weakref.finalize(tensor, _drop, [self.hold(tensor)]).atexit = False
+        with self._lock:
+            before = self.held
+            hold = self.hold(tensor)
+            size = self.held - before
+            self.lent += size
+            if self.trace is not None:
+                self.trace.append((self.held - self.lent, self.lent))
+        weakref.finalize(tensor, self._give_back, [hold], size).atexit = False
         return tensor
+
+    def _give_back(self, holds: list[Hold], size: int) -> None:
+        with self._lock:
+            holds.clear()
+            self.lent -= size
 
     def _grow(self, size: int) -> None:
         self.held += size
@@ -54,7 +68,3 @@ class Ledger:
                 self._storages[key] = (holds - 1, size)
             else:
                 self.held -= size
-
-
-def _drop(holds: list[Hold]) -> None:
-    holds.clear()

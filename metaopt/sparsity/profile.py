@@ -42,13 +42,6 @@ Pass = Callable[[Tensor], Tensor]
 _Fit = tuple[NDArray[numpy.float64], NDArray[numpy.float64]]
 
 
-class _Peak(NamedTuple):
-    """What a pass forth and back holds, bytes."""
-
-    total: int  # at its peak
-    layers: int  # when the forward pass is done
-
-
 class Profile:
     """The layers of a model at any batch size.
 
@@ -67,11 +60,7 @@ class Profile:
         size = _enough(model, loss_of, images)
         few = [_take(images, size), _take(images, 2 * size)]
         self._size = size
-        cheapest = [_peak(model, loss_of, parameters, some, CHEAPEST) for some in few]
-        finest = _peak(model, loss_of, parameters, few[-1], Rate())
         self._outside = [_outside(model, loss_of, parameters, some) for some in few]
-        # What is in passing where layers hold least: the more they hold, the more room there is for it when it comes.
-        self._passing = [max(0, peak.total - peak.layers) for peak in cheapest]
         rates = (*self.menu, *(RATIOS if prunes else ()))
         runs = {rate: [_dry_run(model, loss_of, some, rate) for some in few] for rate in rates}
         first = runs[Rate()]
@@ -83,7 +72,9 @@ class Profile:
             for rate, pair in runs.items()
         }
 
-        self._ordered = self._is_ordered([cheapest[-1], finest])
+        traces = [_lendings(model, loss_of, parameters, some) for some in few]
+        self._lent = self._by_layer(traces)
+        self._ordered = all(once for _, once in traces)  # of two forwards, one is held whole at the other's end
 
     def table(self, images: int) -> LayerTable:
         """The layers for a batch of so many images."""
@@ -102,22 +93,24 @@ class Profile:
         return self._assemble(layers, images)
 
     def _assemble(self, layers: Sequence[Layer], images: int) -> LayerTable:
-        least = numpy.array([layer.cost(CHEAPEST) for layer in layers])
-        after = least[::-1].cumsum()[::-1] - least  # what the later layers hold at the cheapest rates
-        passing = numpy.minimum(self._scaled(self._passing, images) + after, [layer.dense_bytes for layer in layers])
         errors = [distortion(rate) for rate in self.menu]
-        return LayerTable(
-            layers, self.menu, errors, self._scaled(self._outside, images), passing.tolist(), self._ordered
-        )
+        lent = self._at(self._lent, images).astype(numpy.int64).tolist()
+        return LayerTable(layers, self.menu, errors, self._scaled(self._outside, images), lent, self._ordered)
 
-    def _is_ordered(self, peaks: Sequence[_Peak]) -> bool:
-        """Whether peaks are explained by layers that backward frees one after the other."""
-        self._ordered = True
-        table = self.table(2 * self._size)
-        return all(
-            peak.total + table.fixed <= table.peak(table.costs[:, self.menu.index(rate)])
-            for peak, rate in zip(peaks, (CHEAPEST, Rate()), strict=True)
-        )
+    def _by_layer(self, traces: Sequence[tuple[list[tuple[int, int]], bool]]) -> _Fit:
+        """Most bytes that were lent to backward at once while it was at each group, and the slope per image."""
+        rows: list[NDArray[numpy.float64]] = []
+        for column, (trace, _) in enumerate(traces):
+            start, slope = self._held[CHEAPEST]
+            sums = numpy.cumsum(start + column * self._size * slope)
+            lent = numpy.zeros(len(sums))
+            for packed, size in trace:
+                # Backward is at the layer up to which as much is still packed.
+                row = min(len(sums) - 1, int(numpy.searchsorted(sums, packed)))
+                lent[row] = max(lent[row], size)
+            rows.append(lent)
+        small, large = rows
+        return small, numpy.maximum(0.0, large - small) / self._size
 
     def _affine(self, pair: Sequence[dict[str, int]]) -> _Fit:
         """Bytes of each group in the smaller dry run, and the slope per image, both (L,)."""
@@ -232,12 +225,20 @@ def _groups(parts: dict[str, _Part], learning: Sequence[str]) -> dict[str, tuple
     return {name: tuple(followers) for name, followers in groups.items()}
 
 
-def _peak(model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor, rate: Rate) -> _Peak:
-    with torch.enable_grad(), SavedActivations(model, memory="pruned", default=rate) as saved:
-        loss = loss_of(images)
-        layers = sum(record.held_bytes for record in saved.layers)
-        torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return _Peak(saved.peak_bytes, layers)
+def _lendings(
+    model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor
+) -> tuple[list[tuple[int, int]], bool]:
+    """Packed and lent bytes at each lending of a backward pass at the cheapest rates; whether there was one forward."""
+    calls: list[None] = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        with torch.enable_grad(), SavedActivations(model, memory="pruned", default=CHEAPEST) as saved:
+            loss = loss_of(images)
+            saved.ledger.trace = []
+            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            return saved.ledger.trace, len(calls) == 1
+    finally:
+        handle.remove()
 
 
 def _outside(model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor) -> int:

@@ -9,14 +9,22 @@ from torch import Tensor
 
 from metaopt.errors import BudgetError, ConfigError
 from metaopt.measure import MemoryMeter
+from metaopt.models import SourceModel
+from metaopt.models.cifar_resnet import CifarResNet
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.sparsity import PRUNING_RULES
 
-from ..tiny import random_images, tiny_model
+from ..tiny import random_images
 
 BATCHES = [random_images(24, seed) for seed in range(5)]
-BUDGET = 0.08  # MiB; dense holds 0.25
+BUDGET = 0.8  # MiB; dense holds about 5
+
+
+def small_resnet() -> SourceModel:
+    """Eight layers, with batch normalisation."""
+    torch.manual_seed(0)
+    return SourceModel(CifarResNet(1))
 
 
 def tent(pruning: str = "rate_distortion") -> AdaptationPolicy:
@@ -24,7 +32,7 @@ def tent(pruning: str = "rate_distortion") -> AdaptationPolicy:
 
 
 def new_adapter(memory: str = "pruned", budget: float | None = BUDGET, pruning: str = "rate_distortion"):
-    return OnlineAdapter(tiny_model(), tent(pruning), memory=memory, budget_mib=budget)
+    return OnlineAdapter(small_resnet(), tent(pruning), memory=memory, budget_mib=budget)
 
 
 def run(adapter: OnlineAdapter, batches: list[Tensor] = BATCHES) -> list[Tensor]:
@@ -43,23 +51,23 @@ def metered(adapter: OnlineAdapter, images: Tensor) -> float:
 
 
 CHOOSING: dict[str, Callable[[], OnlineAdapter]] = {
-    name: lambda name=name: new_adapter(pruning=name, budget=2.0 if name in ("published", "single_pass") else BUDGET)
+    name: lambda name=name: new_adapter(pruning=name, budget=8.0 if name in ("published", "single_pass") else BUDGET)
     for name in PRUNING_RULES
 }
 
 
-@pytest.mark.parametrize("budget", [0.075, 0.1, 0.15, 0.3])
+@pytest.mark.parametrize("budget", [0.65, 1.0, 2.0])
 @pytest.mark.parametrize("pruning", ["rate_distortion", "uniform", "random"])
 def test_what_is_held_stays_within_the_budget_from_the_first_step_on(pruning: str, budget: float) -> None:
     adapter = new_adapter(pruning=pruning, budget=budget)
-    assert all(metered(adapter, images) <= budget for images in BATCHES[:3])
-    assert metered(adapter, BATCHES[0][:7]) <= budget
-    assert adapter.updates == 4
+    held = [metered(adapter, images) for images in (*BATCHES[:2], BATCHES[0][:7])]
+    assert max(held) <= budget
+    assert adapter.updates == 3
 
 
 def test_a_budget_that_is_too_small_names_the_smallest_that_is_enough() -> None:
     adapter = new_adapter(budget=0.01)
-    with pytest.raises(BudgetError, match=r"budget_mib=0.01 is too small .* set budget_mib=") as caught:
+    with pytest.raises(BudgetError, match="is too small .* set budget_mib=") as caught:
         adapter(BATCHES[0])
     least = float(str(caught.value).rpartition("budget_mib=")[2].split()[0])
     assert metered(new_adapter(budget=least), BATCHES[0]) <= least
@@ -108,7 +116,7 @@ def test_a_refused_batch_teaches_nothing(name: str) -> None:
 
 def test_a_run_remembers_the_gradients_of_its_layers() -> None:
     adapter = new_adapter()
-    assert torch.equal(adapter.state.pruning.importance, torch.zeros(2))
+    assert torch.equal(adapter.state.pruning.importance, torch.zeros(7))
     adapter(BATCHES[0])
     first = adapter.state.pruning.importance
     adapter(BATCHES[1])
