@@ -94,9 +94,8 @@ def matmul(store: Store, call: Call) -> str:
 
 
 def _reshaped(saved: Tensor, factor: Tensor) -> bool:
-    return saved.numel() == factor.numel() and (
-        same(saved, factor) or saved.shape[-2:] == factor.shape[-2:] or saved.shape[-2:] == factor.mT.shape[-2:]
-    )
+    """Whether bmm saved this factor, its leading dimensions made one."""
+    return saved.numel() == factor.numel() and saved.shape[-2:] == factor.shape[-2:]
 
 
 def _reshape(pack: Packed, like: Tensor) -> Packed:

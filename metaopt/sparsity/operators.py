@@ -6,9 +6,43 @@ returns the operator's kind, for the records, or None where it did not recognise
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from metaopt.sparsity.activations import ACTIVATION_RULES
 from metaopt.sparsity.attention import ATTENTION_RULES
 from metaopt.sparsity.convolution import CONVOLUTION_RULES
+from metaopt.sparsity.codec import Derived
 from metaopt.sparsity.norms import NORM_RULES
+from metaopt.sparsity.store import Call, Store
 
 RULES: dict[Callable | None, Callable] = {**NORM_RULES, **ACTIVATION_RULES, **ATTENTION_RULES, **CONVOLUTION_RULES}
+
+
+def view(store: Store, call: Call) -> None:
+    """Another shape of what is known."""
+    source, function, rest, named = call.source, call.function, call.arguments[1:], dict(call.named)
+    if source is not None and function is not None and isinstance(call.result, Tensor):
+        named.pop("input", None)
+        store.remember(call.result, Derived(lambda: function(source.unpack(), *rest, **named), source))
+
+
+def shifted(store: Store, call: Call) -> None:
+    """A known tensor plus, or times, a number or a tensor that is small beside it: a bias on attention scores, a mask."""
+    other = call.get(1, "other")
+    source, function, result = call.source, call.function, call.result
+    if source is None or function is None or not isinstance(result, Tensor) or call.named:
+        return
+    if not isinstance(other, Tensor):
+        store.remember(result, Derived(lambda: function(source.unpack(), other), source))
+    elif 8 * other.numel() <= result.numel():
+        kept = store.keep(other)
+        store.remember(result, Derived(lambda: function(source.unpack(), kept.unpack()), source, kept))
+
+
+FOLLOWERS: dict[Callable, Callable] = {
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), view),
+    **dict.fromkeys((Tensor.transpose, Tensor.permute, torch.transpose, torch.permute, Tensor.contiguous), view),
+    **dict.fromkeys((Tensor.add, Tensor.__add__, torch.add, Tensor.mul, Tensor.__mul__, torch.mul), shifted),
+}
+"""Operators whose output is known where their input is, whether they save anything or not."""

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from metaopt.errors import ConfigError
 from metaopt.sparsity.codec import Kept, Packed, Rate
 from metaopt.sparsity.ledger import Ledger
-from metaopt.sparsity.operators import RULES
+from metaopt.sparsity.operators import FOLLOWERS, RULES
 from metaopt.sparsity.store import Call, Slot, Store
 
 MEMORY = ("exact", "compact", "pruned")
@@ -189,6 +189,8 @@ class _Active:
             self.call = None
         if call.slots:
             self._finish(call)
+        if call.source is not None and function in FOLLOWERS:
+            FOLLOWERS[function](self.owner._store, call)
         return call.result
 
     def _finish(self, call: Call) -> None:
