@@ -1,9 +1,9 @@
 r"""Activation functions: of most of them backward needs a bit an entry, of the smooth ones the derivative in a few.
 
-A smooth activation f has a bounded derivative, which is all that backward makes of the stored input: dx = f′(x) dy. So the
-derivative is what is coded, between its least and largest value; and since torch's kernel wants an input, backward gets
-for each code one fixed point at which f′ has the coded value. For GELU, SiLU and their kin f′ takes each of its values on
-the stretch between its minimum and its maximum, where it is monotone.
+A smooth activation f has a bounded derivative, which is all that backward makes of the stored input: dx = f′(x) dy. So
+the derivative is what is coded, between its least and largest value; and since torch's kernel wants an input, backward
+gets for each code one fixed point at which f′ has the coded value. For GELU, SiLU and their kin f′ takes each of its
+values on the stretch between its minimum and its maximum, where it is monotone.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metaopt.sparsity.codec import Affine, Bits, Derived, Packed, Table
+from metaopt.sparsity.codec import Derived, Packed
+from metaopt.sparsity.codes import Affine, Bits, Table
 from metaopt.sparsity.store import SMALL, Call, Store
 
 _aten = torch.ops.aten

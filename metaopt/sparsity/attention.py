@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metaopt.sparsity.codec import Derived, Packed
-from metaopt.sparsity.store import SMALL, Call, Store, same
+from metaopt.sparsity.store import SMALL, Call, Store
 
 _cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

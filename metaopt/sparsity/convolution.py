@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metaopt.sparsity.codec import Bits, Derived, Integers, Stub
+from metaopt.sparsity.codec import Derived, Stub
+from metaopt.sparsity.codes import Bits, Integers
 from metaopt.sparsity.store import SMALL, Call, Slot, Store
 
 
@@ -15,13 +16,8 @@ def convolution(store: Store, call: Call) -> str:
     weight = call.get(1, "weight")
     for slot in call.slots_of(call.get(0, "input")):
         learns = isinstance(weight, Tensor) and weight.requires_grad
-        slot.fill(store.codes(slot.saved, (1,)) if learns and slot.saved.ndim > 3 else slot_of_frozen(store, slot, learns))
+        slot.fill(store.codes(slot.saved, (1,)) if learns else Stub(slot.saved))
     return "convolution"
-
-
-def slot_of_frozen(store: Store, slot: Slot, learns: bool):
-    """The shape of a frozen convolution's input; of another one, the input."""
-    return store.codes(slot.saved) if learns else Stub(slot.saved)
 
 
 def product(store: Store, call: Call) -> str:

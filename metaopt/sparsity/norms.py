@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metaopt.sparsity.codec import Affine, Codes, Derived, Stub
-from metaopt.sparsity.store import SMALL, STEPS, Call, Slot, Store, coded
+from metaopt.sparsity.codec import Derived, Packed, Stub
+from metaopt.sparsity.codes import STEPS, Affine, Codes, coded
+from metaopt.sparsity.sparse import Sparse
+from metaopt.sparsity.store import SMALL, Call, Slot, Store, same
+
 
 class Grid(NamedTuple):
     """Bins of the normalised activation, one number a channel."""
@@ -64,6 +67,9 @@ def batch_norm(store: Store, call: Call) -> str | None:
     scale = torch.ones_like(mean) if weight is None else weight.detach().to(mean.dtype, copy=True)
     shift = torch.zeros_like(mean) if bias is None else bias.detach().to(mean.dtype, copy=True)
     result = call.result
+    if store.rate.keep < 1.0:
+        slots[0].fill(_sparse(slots[0].saved, _columns(mean, x), _columns(rstd, x), store))
+        return "batch_norm"
     if store.rate.bits >= 16:
         packed = store.any(slots[0].saved)
         slots[0].fill(packed)
@@ -88,12 +94,18 @@ def batch_norm(store: Store, call: Call) -> str | None:
     return "batch_norm"
 
 
+def _sparse(x: Tensor, mean: Tensor, rstd: Tensor, store: Store) -> Packed:
+    """The largest |x̂|; what is missing comes back as x̂ = 0, the mean."""
+    values, dtype = x.detach(), x.dtype
+    packed = Sparse((values - mean).mul_(rstd), store.rate, store.ledger)
+    return Derived(lambda: packed.unpack().div_(rstd).add_(mean).to(dtype), packed)
+
+
 def _statistics(call: Call, channels: int) -> tuple[Tensor | None, Tensor | None]:
     """The batch's mean and reciprocal standard deviation, as the node saved them: its two last such vectors."""
     given = [call.get(position, name) for position, name in ((1, "running_mean"), (2, "running_var"), (3, "weight"))]
     vectors = [slot.saved for slot in call.open if slot.saved.shape == (channels,)]
-    own = [vector for vector in vectors if not any(isinstance(t, Tensor) and t is vector for t in given)]
-    own = [vector for vector in own if not any(isinstance(t, Tensor) and t.data_ptr() == vector.data_ptr() for t in given)]
+    own = [vector for vector in vectors if not any(isinstance(t, Tensor) and same(vector, t) for t in given)]
     return (own[-2].detach(), own[-1].detach()) if len(own) >= 2 else (None, None)
 
 
@@ -110,39 +122,34 @@ def _running_batch_norm(store: Store, call: Call, slot: Slot) -> str:
 def layer_norm(store: Store, call: Call) -> str:
     """F.layer_norm(input, normalized_shape, weight, bias, eps): each token's own mean and deviation."""
     x = call.get(0, "input")
-    slots = call.slots_of(x)
+    slots = call.slots_like(x)
     if len(slots) == 1:
         tokens = x.shape[: x.ndim - len(tuple(call.get(1, "normalized_shape")))]
         rows = [slot.saved for slot in call.open if slot.saved.shape[: len(tokens)] == tokens and slot is not slots[0]]
         if len(rows) == 2:
-            _normalised(store, call, slots[0], rows[0], rows[1], (x.ndim - 1,), (2, "weight"), (3, "bias"))
+            _normalised(store, call, slots[0], rows[0], rows[1], (x.ndim - 1,))
     return "layer_norm"
 
 
 def group_norm(store: Store, call: Call) -> str:
     """F.group_norm(input, num_groups, weight, bias, eps): each image's mean and deviation in each group of channels."""
     x, groups = call.get(0, "input"), call.get(1, "num_groups")
-    slots = call.slots_of(x)
+    slots = call.slots_like(x)
     rows = [slot.saved for slot in call.open if slot.saved.shape == (x.shape[0], groups)]
     if len(slots) == 1 and len(rows) == 2:
         shape = (x.shape[0], x.shape[1], *[1] * (x.ndim - 2))
         mean, rstd = (row.repeat_interleave(x.shape[1] // groups, dim=1).view(shape) for row in rows)
-        _normalised(store, call, slots[0], mean, rstd, (1,), (2, "weight"), (3, "bias"))
+        _normalised(store, call, slots[0], mean, rstd, (1,))
     return "group_norm"
 
 
-def _normalised(
-    store: Store,
-    call: Call,
-    slot: Slot,
-    mean: Tensor,
-    rstd: Tensor,
-    channels: tuple[int, ...],
-    weight_at: tuple[int, str],
-    bias_at: tuple[int, str],
-) -> None:
+def _normalised(store: Store, call: Call, slot: Slot, mean: Tensor, rstd: Tensor, channels: tuple[int, ...]) -> None:
     """Store x̂ = (x − mean) · rstd, with a range a channel, and the output as known from it."""
     x = slot.saved.detach()
+    weight, bias = call.get(2, "weight"), call.get(3, "bias")
+    if store.rate.keep < 1.0 and x.numel() >= SMALL:
+        slot.fill(_sparse(slot.saved, mean.detach(), rstd.detach(), store))
+        return
     if store.rate.bits >= 16 or x.numel() < SMALL or store.alive_anyway(slot.saved):
         slot.fill(store.any(slot.saved))
         return
@@ -151,14 +158,15 @@ def _normalised(
     codes = coded((x - mean).mul_(rstd), store.rate.bits, channels, store.ledger)
     dtype = x.dtype
     slot.fill(Derived(lambda: codes.unpack().div_(rstd).add_(mean).to(dtype), codes))
-    weight, bias = call.get(*weight_at), call.get(*bias_at)
     offset, scale = codes.offset, codes.scale
+    for vector in (weight, bias):
+        if vector is not None and vector.numel() != offset.numel():
+            return  # an affine map that is finer than the codes' channels
     if weight is not None:
-        factor = weight.detach().view(*[1] * (codes.offset.ndim - 1), -1) if channels != (1,) else _columns(weight.detach(), x)
+        factor = weight.detach().view(offset.shape)
         offset, scale = offset * factor, scale * factor
     if bias is not None:
-        addend = bias.detach().view(*[1] * (codes.offset.ndim - 1), -1) if channels != (1,) else _columns(bias.detach(), x)
-        offset = offset + addend
+        offset = offset + bias.detach().view(offset.shape)
     if call.result.dtype == dtype:
         store.remember(call.result, Affine(codes, offset, scale))
 
@@ -175,7 +183,7 @@ def rms_norm(store: Store, call: Call) -> str:
     rstd = rows[0].detach()
     own, other = call.slots_of(x), [slot for slot in call.open if slot.saved.shape == x.shape]
     other = [slot for slot in other if slot not in own]
-    if store.rate.bits >= 16:
+    if store.rate.bits >= 16 and store.rate.keep == 1.0:
         packed = store.any(own[0].saved) if own else None
         for slot in own:
             assert packed is not None
@@ -186,7 +194,11 @@ def rms_norm(store: Store, call: Call) -> str:
         return "rms_norm"
     if not own or x.numel() < SMALL:
         return "rms_norm"
-    codes = coded(own[0].saved.detach() * rstd, store.rate.bits, (x.ndim - 1,), store.ledger)
+    normalised = own[0].saved.detach() * rstd
+    if store.rate.keep < 1.0:
+        codes = Sparse(normalised, store.rate, store.ledger)
+    else:
+        codes = coded(normalised, store.rate.bits, (x.ndim - 1,), store.ledger)
     for slot in own:
         slot.fill(Derived(lambda: codes.unpack().div_(rstd), codes))
     for slot in other:

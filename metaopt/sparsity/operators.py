@@ -11,8 +11,8 @@ from torch import Tensor
 
 from metaopt.sparsity.activations import ACTIVATION_RULES
 from metaopt.sparsity.attention import ATTENTION_RULES
-from metaopt.sparsity.convolution import CONVOLUTION_RULES
 from metaopt.sparsity.codec import Derived
+from metaopt.sparsity.convolution import CONVOLUTION_RULES
 from metaopt.sparsity.norms import NORM_RULES
 from metaopt.sparsity.store import Call, Store
 
@@ -28,7 +28,7 @@ def view(store: Store, call: Call) -> None:
 
 
 def shifted(store: Store, call: Call) -> None:
-    """A known tensor plus, or times, a number or a tensor that is small beside it: a bias on attention scores, a mask."""
+    """A known tensor plus or times a number, or a tensor that is small beside it: a bias on attention scores."""
     other = call.get(1, "other")
     source, function, result = call.source, call.function, call.result
     if source is None or function is None or not isinstance(result, Tensor) or call.named:

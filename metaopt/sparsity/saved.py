@@ -1,24 +1,23 @@
 """What autograd keeps of a forward pass, kept small: for any model, without touching its modules.
 
 Inside `SavedActivations` two things happen at once. Hooks on saved tensors (``torch.autograd.graph``) decide how each
-tensor that a node wants for backward is stored; and a ``TorchFunctionMode`` tells them which operator is running, so that
-they know what backward will do with it: a rule per operator (`metaopt.sparsity.operators`) stores what is needed and no
-more. The operators themselves, forward and backward, stay torch's own. So outputs do not change by a bit, autocast,
-memory formats and every backend work as they did, and in ``exact`` second derivatives do as well.
+tensor that a node wants for backward is stored; and a ``TorchFunctionMode`` tells them which operator is running, so
+that they know what backward will do with it: a rule per operator (`metaopt.sparsity.operators`) stores what is needed
+and no more. The operators themselves, forward and backward, stay torch's own. So outputs do not change by a bit,
+autocast, memory formats and every backend work as they did, and in ``exact`` second derivatives do as well.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from metaopt.errors import ConfigError
-from metaopt.sparsity.codec import Kept, Packed, Rate
+from metaopt.sparsity.codec import Rate
 from metaopt.sparsity.ledger import Ledger
 from metaopt.sparsity.operators import FOLLOWERS, RULES
 from metaopt.sparsity.store import Call, Slot, Store
@@ -43,15 +42,15 @@ class LayerRecord:
 class SavedActivations:
     """Context within which a model's forward pass keeps small activations for backward.
 
-    ``with SavedActivations(model, memory="compact"): loss = objective(model(images))``; backward may run inside or after.
-    Only what is saved while ``model`` runs is touched; the loss, computed outside of it, keeps what torch keeps. Several
-    forward passes may be alive at once. Not for use inside ``torch.func.grad`` or ``vjp``, which refuse hooks. What
-    ``torch.utils.checkpoint`` recomputes inside the model stays as checkpointing has it.
+    ``with SavedActivations(model, memory="compact"): loss = objective(model(images))``; backward may run inside or
+    after. Only what is saved while ``model`` runs is touched; the loss, computed outside of it, keeps what torch keeps.
+    Several forward passes may be alive at once. Not for use inside ``torch.func.grad`` or ``vjp``, which refuse hooks.
+    What ``torch.utils.checkpoint`` recomputes inside the model stays as checkpointing has it.
 
     Args:
         model: its layers give their names, and its parameters and buffers do not count.
-        memory: ``exact``: gradients are those of plain torch up to rounding, of any order; ``compact``: codes, by default
-            of 8 bits; ``pruned``: rates may also drop entries.
+        memory: ``exact``: gradients are those of plain torch up to rounding, of any order; ``compact``: codes, by
+            default of 8 bits; ``pruned``: rates may also drop entries.
         rates: rate of a layer by its qualified name; others have the default.
         default: rate of all other layers.
 
@@ -128,7 +127,9 @@ class SavedActivations:
 def _check(memory: str, rates: Mapping[str, Rate]) -> None:
     for name, rate in rates.items():
         if memory == "exact" and not rate.lossless:
-            raise ConfigError(f"rate of {name} is {rate} with memory=exact; allowed is none: set memory=compact or pruned")
+            raise ConfigError(
+                f"rate of {name} is {rate} with memory=exact; allowed are 32 bits: set memory=compact or pruned"
+            )
         if memory == "compact" and rate.keep < 1.0:
             raise ConfigError(f"rate of {name} keeps {rate.keep} with memory=compact; allowed is 1: set memory=pruned")
 

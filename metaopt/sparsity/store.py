@@ -1,4 +1,4 @@
-"""What the operators' rules work with: the call that is running, the slots that it saved, and how tensors get stored."""
+"""What the operators' rules work with: the running call, the slots that it saved, and how tensors get stored."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -9,18 +9,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from metaopt.errors import ConfigError
-from metaopt.sparsity.codec import Bits, Codes, Half, Integers, Kept, Packed, Rate
+from metaopt.sparsity.codec import Derived, Half, Kept, Packed, Rate
+from metaopt.sparsity.codes import Bits, Integers, channels_of, coded
 from metaopt.sparsity.ledger import Ledger
+from metaopt.sparsity.sparse import Sparse
 
 SMALL = 1024
 """Tensors of fewer elements are kept as they are."""
-
-STEPS = {2: 0.9957, 3: 0.5860, 4: 0.385, 5: 0.215, 6: 0.125, 7: 0.085, 8: 0.0493}
-"""Bin widths in standard deviations, by bits.
-
-Up to 3 bits the best uniform quantiser's of a normal distribution (Max 1960, "Quantizing for Minimum Distortion"); above,
-wider, since real activations have heavier tails.
-"""
 
 
 class Slot:
@@ -52,8 +47,8 @@ class Slot:
         assert self.packed is not None
         if self.packed.lossy and torch.is_grad_enabled():
             raise ConfigError(
-                "second derivatives need activations as they were, and memory=compact or pruned keeps codes; allowed are "
-                "memory=exact or dense: set one, or meta.gradient=first_order"
+                "second derivatives were asked of codes, which memory=compact and pruned keep; allowed are exact "
+                "or dense: set one, or meta.gradient=first_order"
             )
         tensor = self.packed.unpack()
         return tensor if isinstance(self.packed, Kept) else self._ledger.lend(tensor)
@@ -84,6 +79,13 @@ class Call:
         """The slots that hold ``tensor`` and are not filled yet."""
         return [slot for slot in self.open if isinstance(tensor, Tensor) and same(slot.saved, tensor)]
 
+    def slots_like(self, tensor: Tensor) -> list[Slot]:
+        """The slots that hold ``tensor``, or what autocast made of it."""
+        own = self.slots_of(tensor)
+        return own or [
+            slot for slot in self.open if slot.saved.shape == tensor.shape and slot.saved.is_floating_point()
+        ]
+
     @property
     def open(self) -> list[Slot]:
         """Slots that are not filled yet."""
@@ -92,7 +94,7 @@ class Call:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory, seen the same way."""
-    return (
+    return bool(
         a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and a.dtype == b.dtype
         and a.shape == b.shape
@@ -101,47 +103,12 @@ def same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-_View = tuple[int, torch.dtype, torch.Size, tuple[int, ...], int]
+_View = tuple[Any, ...]
 
 
 def _view(tensor: Tensor) -> _View:
     """Which elements of its storage a tensor shows, and the version of what is there."""
     return tensor._version, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-
-def channels_of(tensor: Tensor) -> tuple[int, ...]:
-    """The dimension along which entries are alike: 1 of maps, else the last.
-
-    Four dimensions may be (B, C, H, W) or (B, H, W, C); the two equal ones, and the strides, tell.
-    """
-    if tensor.ndim != 4:
-        return (tensor.ndim - 1,)
-    if not tensor.is_contiguous():
-        return (1,) if tensor.stride(1) == 1 else (3,)
-    return (3,) if tensor.shape[1] == tensor.shape[2] != tensor.shape[3] else (1,)
-
-
-def coded(tensor: Tensor, bits: int, channels: tuple[int, ...], ledger: Ledger) -> Codes:
-    """Codes between each channel's least and largest entry; in few bits, not beyond what suits a normal distribution."""
-    values = tensor.detach()
-    others = [dim for dim in range(tensor.ndim) if dim not in channels]
-    low, high = values.amin(others, keepdim=True), values.amax(others, keepdim=True)
-    if low.dtype in (torch.float16, torch.bfloat16):
-        low, high = low.float(), high.float()
-    if bits < 6:
-        variance, mean = torch.var_mean(values.to(low.dtype), others, keepdim=True, correction=0)
-        std = variance.sqrt()
-        if bits == 1:
-            half = std * (2 / torch.pi) ** 0.5  # the mean distance from the mean, of a normal distribution
-            scale = torch.where(std > 0, std, torch.ones_like(std))
-            return Codes(tensor, 1, scale, mean - scale, ledger, (mean - half, 2 * half))
-        reach = STEPS[bits] * 2 ** (bits - 1) * std
-        low, high = torch.maximum(low, mean - reach), torch.minimum(high, mean + reach)
-    span = high - low
-    scale = torch.where(span > 0, span * (1 + 1e-6) / 2**bits, torch.ones_like(span))
-    # A constant channel comes back as it was.
-    first = torch.where(span > 0, low + scale / 2, low)
-    return Codes(tensor, bits, scale, low, ledger, (first, scale))
 
 
 class Store:
@@ -218,9 +185,15 @@ class Store:
         packed = self._as_it_is(tensor)
         if packed is not None:
             return packed
-        if self.rate.bits >= 16 or not tensor.is_floating_point():
+        if not tensor.is_floating_point() or (self.rate.bits >= 16 and self.rate.keep == 1.0):
             return self.any(tensor)
-        return self.remember(tensor, coded(tensor, self.rate.bits, channels or channels_of(tensor), self.ledger))
+        channels = channels or channels_of(tensor)
+        if self.rate.keep == 1.0:
+            return self.remember(tensor, coded(tensor, self.rate.bits, channels, self.ledger))
+        values = tensor.detach()
+        centre = values.mean([dim for dim in range(tensor.ndim) if dim not in channels], keepdim=True)
+        sparse, dtype = Sparse(values - centre, self.rate, self.ledger), tensor.dtype
+        return self.remember(tensor, Derived(lambda: sparse.unpack().add_(centre).to(dtype), sparse))
 
     def _as_it_is(self, tensor: Tensor) -> Packed | None:
         """How a tensor is stored at any rate, if it is small or its storage is alive or stored already."""
