@@ -9,6 +9,7 @@ import torch
 
 from metaopt.configs import (
     BenchmarkSettings,
+    FootprintSettings,
     MetaTrainSettings,
     OnlineSettings,
     SourceSettings,
@@ -26,6 +27,7 @@ SCHEMAS = {
     "benchmark": BenchmarkSettings,
     "source": SourceSettings,
     "speed": MetaTrainSettings,
+    "footprint": FootprintSettings,
 }
 
 

@@ -5,6 +5,7 @@ from metaopt.configs.bridge import help_text as help_text
 from metaopt.configs.command import resolve_device as resolve_device
 from metaopt.configs.command import run_command as run_command
 from metaopt.configs.schema import BenchmarkSettings as BenchmarkSettings
+from metaopt.configs.schema import FootprintSettings as FootprintSettings
 from metaopt.configs.schema import MetaTrainSettings as MetaTrainSettings
 from metaopt.configs.schema import OnlineSettings as OnlineSettings
 from metaopt.configs.schema import SourceSettings as SourceSettings

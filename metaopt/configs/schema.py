@@ -21,6 +21,7 @@ from metaopt.configs.sections import (
     check_weights,
 )
 from metaopt.errors import ConfigError
+from metaopt.sparsity import Rate
 
 SETTINGS = ("reset", "continual")
 MEMORIES = ("dense", "exact", "compact", "pruned")
@@ -201,3 +202,32 @@ class SourceSettings:
     def __post_init__(self) -> None:
         """Check the range of each value."""
         check_at_least("seed", self.seed, 0)
+
+
+@dataclass
+class FootprintSettings:
+    """Settings of ``adapt/footprint.py``."""
+
+    model: ModelSection  # without a checkpoint: random weights
+    method: MethodSection
+    images: str | None  # (N, H, W, 3) uint8 .npy; None: noise
+    bits: list[int]  # a row of memory=compact for each
+    budgets: list[float]  # a row of memory=pruned for each, MiB
+    repeats: int
+    batch_size: int
+    seed: int
+    device: str
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        for bits in self.bits:
+            Rate(bits)  # refuses what it does not know
+        for budget in self.budgets:
+            check_positive("budgets", budget)
+        for key, least in (("repeats", 1), ("batch_size", 1), ("seed", 0)):
+            check_at_least(key, getattr(self, key), least)
+        if self.method.update == "none" or self.method.needs_policy:
+            raise ConfigError(
+                f"method={self.method.name} is not one whose step can be measured without a policy; allowed are those "
+                "with update adam or sgd: set method=tent"
+            )
