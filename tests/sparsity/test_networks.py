@@ -69,7 +69,7 @@ def test_eight_bits_are_nearly_exact_and_two_are_not(name: str) -> None:
         ("mobilenetv3_small_100", 0.9, 0.35),
         ("convnext_atto", 0.95, 0.35),
         # Of transformers plain torch keeps little that backward does not use.
-        ("vit_tiny", 1.01, 0.35),
+        ("vit_tiny", 1.01, 0.45),
         ("swin_tiny", 1.01, 0.45),
     ],
 )
