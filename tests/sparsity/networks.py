@@ -1,6 +1,7 @@
 """Networks of every kind that the engine must know, small and with random weights, each with its images."""
 
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -54,7 +55,7 @@ class Checkpointed(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def _timm(name: str, **options: object) -> Callable[[], nn.Module]:
+def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=10, **options)
 
 
