@@ -67,7 +67,7 @@ def test_what_is_held_stays_within_the_budget_from_the_first_step_on(pruning: st
 
 def test_a_budget_that_is_too_small_names_the_smallest_that_is_enough() -> None:
     adapter = new_adapter(budget=0.01)
-    with pytest.raises(BudgetError, match="is too small .* set budget_mib=") as caught:
+    with pytest.raises(BudgetError, match=r"is too small .* set budget_mib=") as caught:
         adapter(BATCHES[0])
     least = float(str(caught.value).rpartition("budget_mib=")[2].split()[0])
     assert metered(new_adapter(budget=least), BATCHES[0]) <= least

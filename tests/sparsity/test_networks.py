@@ -102,7 +102,7 @@ def test_second_derivatives_are_exact_or_refused(name: str) -> None:
     truth = second(None)
     torch.testing.assert_close(second("exact"), truth, rtol=1e-7, atol=1e-9 * float(truth.abs().max()))
     with pytest.raises(
-        ConfigError, match="second derivatives need activations as they were.*meta.gradient=first_order"
+        ConfigError, match=r"second derivatives need activations as they were.*meta.gradient=first_order"
     ):
         second("compact")
 
