@@ -1,0 +1,188 @@
+r"""The teacher of a student that adapts: a running mean of its tensors, a pull towards an anchor, and random restores.
+
+One batch, as MoASE's released code runs it (RoyZry98/MoASE-Pytorch, after CoTTA, CVPR 2022):
+
+1. predict with the teacher; the loss is the cross-entropy of the student's prediction with the teacher's, plus
+   :func:`proximal_loss`;
+2. update the student;
+3. :math:`\theta^T \leftarrow \alpha\theta^T + (1-\alpha)\theta^S` (:func:`update_teacher`);
+4. set each scalar of the student back to its initial value with probability 1 % (:func:`restore`).
+
+Only the adapted tensors have a teacher. All others are the same in teacher and student, so both use the model's own,
+through ``torch.func.functional_call``: there is no second copy of a frozen network. Initial values are the source
+model's own tensors, which adaptation never changes, so they need no copy either.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaopt.data import generator_for
+from metaopt.errors import ConfigError
+from metaopt.experts.adapter import split_experts
+from metaopt.types import Parameters
+
+ANCHORS = ("teacher", "initial")
+GROUPS = ("tensor", "expert")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Settings of the teacher; the defaults are those of MoASE's released code.
+
+    Attributes:
+        momentum: α of the running mean; 1 keeps the teacher at the source.
+        restore: probability with which a scalar goes back to its initial value after each update; 0: never.
+        proximal: weight of the proximal loss, μ/2 in the paper; 0 switches it off.
+        squared: whether distances in it are squared; published: not.
+        group: what one distance is taken over: each "tensor" of each expert (released), or all of an "expert" (paper).
+        anchor: where the distances start: the running "teacher" (released) or the "initial" values. At the first batch
+            both are the same.
+        seed: of the restores.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    momentum: float = 0.999
+    restore: float = 0.01
+    proximal: float = 0.5
+    squared: bool = False
+    group: str = "tensor"
+    anchor: str = "teacher"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value against its range."""
+        for name in ("momentum", "restore"):
+            if not 0 <= getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise ConfigError(f"teacher.{name} is {value}; allowed are values in [0, 1]: set 0.01, say")
+        if not 0 <= self.proximal < float("inf"):
+            raise ConfigError(f"teacher.proximal is {self.proximal}; allowed are finite weights of at least 0: set 0.5")
+        for name, allowed in (("anchor", ANCHORS), ("group", GROUPS)):
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ConfigError(f"teacher.{name} is {value!r}; allowed are {', '.join(allowed)}: choose one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TeacherConfig":
+        """Inverse of :meth:`to_dict`."""
+        return cls(**values)
+
+
+class TeacherState(NamedTuple):
+    """What the teacher remembers: one float for each adapted scalar, and one counter."""
+
+    average: Parameters  # θ^T, the running mean of the adapted tensors, by name
+    step: Tensor  # scalar int64: updates so far
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives and tensors, for a checkpoint under ``weights_only=True``."""
+        return {
+            "average": {name: tensor.detach().clone() for name, tensor in self.average.items()},
+            "step": int(self.step),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], like: "TeacherState") -> "TeacherState":
+        """Inverse of :meth:`to_dict`, on the device and in the type of ``like``.
+
+        Raises:
+            ValueError: the tensors' names or shapes are others than in ``like``.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in values["average"].items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in like.average.items()}:
+            raise ValueError("the saved teacher is of another model")
+        average = {name: values["average"][name].to(tensor) for name, tensor in like.average.items()}
+        return cls(average, torch.full_like(like.step, int(values["step"])))
+
+
+def init_teacher(parameters: Parameters) -> TeacherState:
+    """The teacher before the first batch: the same values, in tensors of its own."""
+    device = next(iter(parameters.values())).device
+    average = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+    return TeacherState(average, torch.zeros((), dtype=torch.int64, device=device))
+
+
+def update_teacher(config: TeacherConfig, state: TeacherState, parameters: Parameters) -> TeacherState:
+    """The teacher after an update of the student; constant in it, for no gradient goes through a teacher."""
+    with torch.no_grad():
+        average = {
+            name: torch.lerp(tensor.detach(), state.average[name], config.momentum)
+            for name, tensor in parameters.items()
+        }
+    return TeacherState(average, state.step + 1)
+
+
+def teacher_logits(model: nn.Module, state: TeacherState, images: Tensor, *, batch_statistics: bool = False) -> Tensor:
+    """The teacher's prediction (B, C): the source model with the averaged tensors, without gradients."""
+    with torch.no_grad():
+        return functional_call(model, state.average, (images,), {"batch_statistics": batch_statistics}).logits
+
+
+def teacher_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy (B,) of the student's ``logits`` (B, C) with the teacher's ``target`` (B, C), a constant."""
+    return -(target.detach().softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def proximal_loss(config: TeacherConfig, parameters: Parameters, anchor: Parameters) -> Tensor:
+    r"""Homeostatic-proximal loss: :math:`\sum_e \lVert\theta_e - \theta^{anchor}_e\rVert`, unweighted (equation 5).
+
+    Over the experts' own tensors, not their gates. Where student and anchor are the same, the distance is not
+    differentiable; its first and second derivatives are zero there.
+
+    Args:
+        config: says whether distances are squared, and what one is taken over.
+        parameters: adapted tensors of the student.
+        anchor: the teacher's or the initial ones, under the same names.
+    """
+    anchors = split_experts(anchor)
+    distances: list[Tensor] = []
+    for site, tensors in split_experts(parameters).items():
+        squares = [(tensor - anchors[site][role].detach()).square() for role, tensor in tensors.items()]
+        # (E,) each: the first axis counts the experts.
+        per_tensor = [square.flatten(1).sum(dim=1) for square in squares]
+        distances += [torch.stack(per_tensor).sum(dim=0)] if config.group == "expert" else per_tensor
+    if not distances:
+        return next(iter(parameters.values())).new_zeros(())
+    squared = torch.cat(distances)
+    if config.squared:
+        return squared.sum()
+    positive = squared > 0
+    # Two wheres: with the outer one alone, the derivative of sqrt(0) would still come back as 0 · inf = NaN.
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0).sum()
+
+
+def restore(config: TeacherConfig, parameters: Parameters, initial: Parameters, step: Tensor | int) -> Parameters:
+    """Parameters with a random few set back to their initial values.
+
+    Which ones depends on the seed, on the step and on the tensor's name alone: the same in every process and on every
+    device, also where a run was saved and goes on.
+
+    Args:
+        config: probability and seed.
+        parameters: of the student, after its update.
+        initial: values to go back to.
+        step: how many updates there were before, `TeacherState.step`.
+    """
+    if config.restore == 0:
+        return parameters
+    restored: Parameters = {}
+    for name, tensor in parameters.items():
+        draws = torch.rand(tensor.shape, generator=generator_for("restore", config.seed, int(step), name))
+        restored[name] = torch.where((draws < config.restore).to(tensor.device), initial[name].to(tensor), tensor)
+    return restored
+
+
+def select_anchor(config: TeacherConfig, state: TeacherState, initial: Parameters) -> Parameters:
+    """What the proximal loss pulls towards, by ``config.anchor``."""
+    return state.average if config.anchor == "teacher" else initial

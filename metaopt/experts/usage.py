@@ -1,0 +1,100 @@
+"""Which experts are used on which domain: mean weights and how often each is chosen, for tables and figures."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from metaopt.errors import DataError
+from metaopt.experts.adapter import Experts, get_experts, site_key
+
+
+class ExpertUsage:
+    """Sums up what the domain-aware gates decide, while a model runs as it would anyway.
+
+    ``with usage.recording(model, "fog"): model(images)``, then ``usage.weights("fog")``. Nothing is kept on the model.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, Tensor]] = {}  # domain -> site -> (2, E): weights, times chosen
+        self._tokens: dict[str, dict[str, int]] = {}
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains in the order of their first recording."""
+        return tuple(self._sums)
+
+    @contextmanager
+    def recording(self, model: nn.Module, domain: str) -> Iterator[None]:
+        """Count every forward pass of ``model`` inside the context as one of ``domain``.
+
+        Raises:
+            ModelError: the model has no experts.
+        """
+        experts = get_experts(model)
+        with ExitStack() as handles:
+            for site in experts.sites:
+                hook = self._hook(domain, site_key(site))
+                handles.callback(experts.mixture(site).dag.register_forward_hook(hook).remove)
+            yield
+
+    def _hook(self, domain: str, site: str) -> Any:
+        def record(_gate: nn.Module, _inputs: Any, weights: Tensor) -> None:
+            rows = weights.detach().flatten(0, -2).double()  # (tokens or samples, E)
+            counted = torch.stack([rows.sum(dim=0), (rows > 0).double().sum(dim=0)]).cpu()
+            sums, tokens = self._sums.setdefault(domain, {}), self._tokens.setdefault(domain, {})
+            sums[site] = sums.get(site, torch.zeros(())) + counted
+            tokens[site] = tokens.get(site, 0) + rows.shape[0]
+
+        return record
+
+    def weights(self, domain: str) -> dict[str, Tensor]:
+        """Mean weight of each expert over the domain's tokens, (E,) for each site.
+
+        Raises:
+            DataError: nothing was recorded of the domain.
+        """
+        return {site: sums[0] / self._tokens[domain][site] for site, sums in self._of(domain).items()}
+
+    def chosen(self, domain: str) -> dict[str, Tensor]:
+        """Share of the domain's tokens for which each expert is among the chosen ones, (E,) for each site.
+
+        Raises:
+            DataError: nothing was recorded of the domain.
+        """
+        return {site: sums[1] / self._tokens[domain][site] for site, sums in self._of(domain).items()}
+
+    def _of(self, domain: str) -> dict[str, Tensor]:
+        if domain not in self._sums:
+            raise DataError(f"no expert usage of domain {domain!r}; allowed are {', '.join(self.domains) or 'none'}")
+        return self._sums[domain]
+
+    def to_dict(self) -> dict[str, dict[str, list[float]]]:
+        """Mean weights as primitives: domain -> site -> one number for each expert."""
+        return {
+            domain: {site: weights.tolist() for site, weights in self.weights(domain).items()}
+            for domain in self.domains
+        }
+
+    def figure(self, experts: Experts) -> Figure:
+        """Mean weights over all sites, domains against experts; domain-specific experts are marked "low".
+
+        Raises:
+            DataError: nothing was recorded.
+        """
+        if not self._sums:
+            raise DataError("no expert usage was recorded; allowed are figures of at least one domain: record one")
+        means = [torch.stack([*self.weights(domain).values()]).mean(dim=0) for domain in self.domains]
+        low, count = experts.config.low_experts, experts.config.experts
+        names = [f"{'low' if index < low else 'high'} {index}" for index in range(count)]
+        figure = Figure(figsize=(1.5 + 0.6 * count, 1.2 + 0.3 * len(means)), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(torch.stack(means).numpy(), aspect="auto", cmap="viridis")
+        axes.set_xticks(range(count), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(means)), self.domains)
+        axes.set_title("Mean weight of each expert")
+        figure.colorbar(image)
+        return figure
