@@ -17,6 +17,8 @@ mode               value           derivative in activations derivative in q
 ================== =============== ========================= =================
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,36 +29,46 @@ _OPEN_END = 60.0
 """Temperatures that the threshold may fall below the smallest score, where all are kept."""
 
 
-def kept_count(size: int, share: Tensor) -> Tensor:
-    """K, how many of ``size`` activations a share keeps: int64, of the shape of ``share``, from 1 to ``size``."""
+def kept_count(size: int, share: Tensor | float) -> Tensor | int:
+    """K, how many of ``size`` activations a share keeps, from 1 to ``size``; a tensor of int64 for one of shares."""
+    if not isinstance(share, Tensor):
+        return min(size, max(1, math.floor(size * share + _WHOLE)))
     return (size * share.detach() + _WHOLE).floor().clamp(1, size).long()
 
 
-def hard_mask(scores: Tensor, count: Tensor) -> Tensor:
+def hard_mask(scores: Tensor, count: Tensor | int) -> Tensor:
     """True at the ``count`` largest scores of each row, ties going to the lower index.
 
     Args:
         scores: (..., n).
-        count: (...) whole numbers, broadcast against the rows.
+        count: a whole number, or (...) of them, broadcast against the rows.
     """
-    size = scores.shape[-1]
-    order = torch.sort(scores.detach(), dim=-1, descending=True, stable=True).indices
-    kept = torch.arange(size, device=scores.device) < count.unsqueeze(-1)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, kept.expand(scores.shape))
+    scores = scores.detach()
+    if isinstance(count, int):  # selecting one rank is two to three times as fast as sorting
+        least = torch.kthvalue(scores, scores.shape[-1] - count + 1, dim=-1, keepdim=True).values
+    else:
+        # Not a stable sort, which is slower: only values are read, and ties are told apart below.
+        ranked = torch.sort(scores, dim=-1, descending=True).values
+        count = count.expand(scores.shape[:-1]).unsqueeze(-1)
+        least = ranked.gather(-1, count - 1)
+    above, ties = scores > least, scores == least
+    free = count - above.sum(dim=-1, keepdim=True, dtype=torch.int32)
+    return above | (ties & (ties.cumsum(dim=-1, dtype=torch.int32) <= free))
 
 
-def soft_mask(scores: Tensor, share: Tensor, temperature: float) -> Tensor:
+def soft_mask(scores: Tensor, share: Tensor | float, temperature: float) -> Tensor:
     """The mask m in (0, 1) of the module's equation, differentiable in scores and share.
 
     Args:
         scores: (..., n).
-        share: q in (0, 1], (...), broadcast against the rows.
+        share: q in (0, 1], a number, or (...), broadcast against the rows.
         temperature: T, in units of the scores.
     """
     size = scores.shape[-1]
+    share = torch.as_tensor(share, dtype=scores.dtype, device=scores.device)
     ordered = torch.sort(scores, dim=-1, descending=True, stable=True).values
     ordered = torch.cat([ordered, ordered[..., -1:] - _OPEN_END * temperature], dim=-1)
-    position = (size * share - 0.5).clamp(0.5, size - 0.5).to(scores.dtype).expand(scores.shape[:-1]).unsqueeze(-1)
+    position = (size * share - 0.5).clamp(0.5, size - 0.5).expand(scores.shape[:-1]).unsqueeze(-1)
     below = position.detach().floor().long()
     threshold = torch.lerp(ordered.gather(-1, below), ordered.gather(-1, below + 1), position - below)
     return torch.sigmoid((scores - threshold) / temperature)
@@ -64,7 +76,7 @@ def soft_mask(scores: Tensor, share: Tensor, temperature: float) -> Tensor:
 
 def spatial_dropout(
     activations: Tensor,
-    share: Tensor,
+    share: Tensor | float,
     sign: Tensor | float = 1.0,
     *,
     mode: str = "hard",
@@ -75,7 +87,7 @@ def spatial_dropout(
 
     Args:
         activations: (..., n); each row is one token's features, or all of a sample's.
-        share: q in (0, 1], (...), broadcast against the rows.
+        share: q in (0, 1], a number, or (...), broadcast against the rows.
         sign: 1 keeps the largest, −1 the smallest; a number, or (...), broadcast against the rows.
         mode: "hard", "soft" or "straight_through", see the module's table.
         temperature: T of the soft mask, in units of the activations.

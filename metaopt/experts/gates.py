@@ -15,7 +15,7 @@ from metaopt.experts.dropout import hard_mask, spatial_dropout
 def top_k_softmax(logits: Tensor, k: int) -> Tensor:
     """Softmax over the ``k`` largest of each row of (..., E), zero elsewhere; ties go to the lower index."""
     if k < logits.shape[-1]:
-        kept = hard_mask(logits, torch.full(logits.shape[:-1], k, device=logits.device))
+        kept = hard_mask(logits, k)
         logits = logits.masked_fill(~kept, -torch.inf)
     return logits.softmax(dim=-1)
 
@@ -38,18 +38,17 @@ class DomainAwareGate(nn.Module):
         config = self.config
         if self.router is None:
             return x.new_full((x.shape[0], 1, config.experts), 1 / config.experts)
+        if config.dag_level == "sample":
+            x = x.mean(dim=1, keepdim=True)  # first, for then dropout is nearly free
         if config.sdd and config.dag_reads != "all":
             x = self._decompose(x)
-        if config.dag_level == "sample":
-            x = x.mean(dim=1, keepdim=True)
         return top_k_softmax(self.router(x), config.top_k or config.experts)
 
     def _decompose(self, x: Tensor) -> Tensor:
         config = self.config
         rows = x.flatten(1) if config.scope == "sample" else x
         sign = -1.0 if config.dag_reads == "low" else 1.0
-        share = torch.tensor(config.dag_share, dtype=torch.float32, device=x.device)
-        kept = spatial_dropout(rows, share, sign, mode=config.dropout, temperature=config.temperature)
+        kept = spatial_dropout(rows, config.dag_share, sign, mode=config.dropout, temperature=config.temperature)
         return kept.view_as(x)
 
 
