@@ -44,7 +44,7 @@ def hard_mask(scores: Tensor, count: Tensor | int) -> Tensor:
         count: a whole number, or (...) of them, broadcast against the rows.
     """
     scores = scores.detach()
-    if isinstance(count, int):  # selecting one rank is two to three times as fast as sorting
+    if isinstance(count, int):  # one rank is selected faster than all are sorted: twice as fast from 64 on
         least = torch.kthvalue(scores, scores.shape[-1] - count + 1, dim=-1, keepdim=True).values
     else:
         # Not a stable sort, which is slower: only values are read, and ties are told apart below.
