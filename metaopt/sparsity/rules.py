@@ -38,8 +38,10 @@ class PruningState(NamedTuple):
 class PruningRule(Protocol):
     """Decides each layer's rate before a forward pass, and learns from the gradients after it."""
 
-    extra_samples: int
-    """Images of every batch whose own backward pass gives the importance; 0: the real backward pass gives it."""
+    @property
+    def extra_samples(self) -> int:
+        """Images of every batch whose own backward pass gives the importance; 0: the real backward pass gives it."""
+        ...
 
     def init(self, parameters: Parameters) -> PruningState:
         """State before the first step."""

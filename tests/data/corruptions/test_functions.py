@@ -98,7 +98,9 @@ def test_blurs_keep_a_flat_image_flat(severity):
         *(corruptions.gaussian_blur, corruptions.glass_blur, corruptions.defocus_blur),
         *(corruptions.motion_blur, corruptions.zoom_blur, corruptions.elastic_transform),
     ):
-        assert (apply(function, flat, severity).int() - 100).abs().max() <= 1, function
+        # Cutting to bytes, as published, loses at most one each time, and glass blur cuts twice.
+        cuts = 2 if function is corruptions.glass_blur else 1
+        assert (apply(function, flat, severity).int() - 100).abs().max() <= cuts, function
 
 
 def test_fog_brightens_the_dark_and_keeps_the_brightest_value_in_reach():
