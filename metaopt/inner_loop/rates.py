@@ -41,6 +41,8 @@ class _Layer:
     normalised: Tensor  # x̂, channels in dimension 1 or last
     output: Tensor  # of the layer, with its graph
     channels_first: bool
+    weight: Tensor | None
+    bias: Tensor | None
 
     def weight_gradient(self, delta: Tensor, normalised: Tensor, shape: torch.Size) -> Tensor:
         """Σ δ·x̂ over all but the weight's own dimensions."""
@@ -53,8 +55,8 @@ class _Layer:
         """Q_k(x̂)."""
         x = self.normalised
         if self.channels_first:
-            return as_kept(x, rate)
-        return as_kept(x.reshape(-1, x.shape[-1]), rate).view_as(x)
+            return as_kept(x, rate, self.weight, self.bias)
+        return as_kept(x.reshape(-1, x.shape[-1]), rate, self.weight, self.bias).view_as(x)
 
 
 @dataclass
@@ -85,7 +87,8 @@ class RateProbe:
                 normalised = _normalised(module, inputs[0])
             if normalised is not None and output.requires_grad:
                 first = isinstance(module, (_BatchNorm, nn.GroupNorm))
-                self.layers.setdefault(name, []).append(_Layer(normalised, output, first))
+                weight, bias = (getattr(module, role, None) for role in ("weight", "bias"))
+                self.layers.setdefault(name, []).append(_Layer(normalised, output, first, weight, bias))
 
         return hook
 

@@ -160,14 +160,20 @@ def distortion(rate: Rate) -> float:
     return min(1.0, float(error))
 
 
-def as_kept(inputs: Tensor, rate: Rate) -> Tensor:
+def as_kept(inputs: Tensor, rate: Rate, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """What backward gets to see of the input of a batch normalisation that was kept at a rate.
 
     Args:
         inputs: (B, C, ...).
         rate: how it was kept.
+        weight: of the normalisation, (C,), and its
+        bias: which place the codec's bins; None: 1 and 0.
     """
     layer = nn.BatchNorm1d(inputs.shape[1], track_running_stats=False).to(inputs)
+    with torch.no_grad():
+        for own, given in ((layer.weight, weight), (layer.bias, bias)):
+            if given is not None:
+                own.copy_(given)
     with torch.enable_grad(), SavedActivations(layer, memory="pruned", default=rate):
         node = layer(inputs.detach().reshape(*inputs.shape[:2], -1)).grad_fn
     assert node is not None

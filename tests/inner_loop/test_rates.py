@@ -1,0 +1,95 @@
+"""How unrolls answer for learned rates: gradients at each rate against autograd's, and what reaches the head."""
+
+import pytest
+import torch
+
+from metaopt.errors import ConfigError
+from metaopt.inner_loop import RateTask, gradients_of, meta_gradient
+from metaopt.inner_loop.rates import RateProbe
+from metaopt.inner_loop.unroll import MetaBatch
+from metaopt.meta import MetaTrainConfig, MetaTrainer
+from metaopt.meta.loss import build_meta_loss
+from metaopt.parameters import adapted_layout, detached
+from metaopt.policy import policy_from_dict, policy_to_dict
+from metaopt.sparsity import LayerTable, LearnedRates, Profile, Rate, SavedActivations
+from metaopt.sparsity.importance import learning_layers
+
+from ..tiny import random_images, tiny_config, tiny_model, tiny_policy
+
+MODEL = tiny_model().requires_grad_(False)
+IMAGES = random_images(32, 1)
+OWN = {name: tensor.detach() for name, tensor in adapted_layout(MODEL).take(MODEL).items()}
+
+
+def setting():
+    policy, leaves = tiny_policy(MODEL), detached(OWN)
+    policy.pruning = LearnedRates()
+
+    def loss_of(images: torch.Tensor) -> torch.Tensor:
+        loss = policy.evaluate(MODEL, leaves, images).loss
+        assert loss is not None
+        return loss
+
+    return policy, leaves, loss_of, Profile(MODEL, loss_of, leaves, IMAGES).table(len(IMAGES))
+
+
+def kept_at(table: LayerTable, rate: Rate) -> torch.Tensor:
+    choices = torch.zeros(len(table.layers), len(table.menu))
+    choices[:, table.menu.index(rate)] = 1.0
+    return choices
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4, 2])
+def test_the_last_layers_gradient_is_the_engines(bits: int) -> None:
+    """No coarser layer lies behind it, so nothing is left out."""
+    _, leaves, loss_of, table = setting()
+    probe = RateProbe(MODEL, learning_layers(leaves))
+    with probe.watching():
+        loss = loss_of(IMAGES)
+    found = probe.correction(loss, kept_at(table, Rate(bits)), table, leaves)
+    exact = gradients_of(loss, leaves)
+    with SavedActivations(MODEL, memory="pruned", default=Rate(bits)):
+        coded = gradients_of(loss_of(IMAGES), leaves)
+    name = "module.bn2.weight"
+    torch.testing.assert_close(exact[name] + found[name], coded[name], rtol=1e-3, atol=2e-5)
+    assert bool((found[name] != 0).any()) == (bits < 32)
+    assert not bool((found["module.bn2.bias"] != 0).any())
+
+
+def test_the_meta_gradient_reaches_the_head_and_depends_on_the_budget() -> None:
+    policy, _, _, table = setting()
+    assert isinstance(policy.pruning, LearnedRates)
+    with torch.no_grad():
+        policy.pruning.output.weight.add_(0.3)
+    loss, batches = build_meta_loss("clean_teacher"), []
+    for seed in range(4):
+        images = random_images(32, seed)
+        batches.append(MetaBatch(images, MODEL(images).logits.softmax(dim=1)))
+    totals = table.costs.sum(axis=0)
+    found = []
+    for share in (1.2, 2.0):
+        task = RateTask(table, int(share * totals.min()) + table.fixed)
+        result = meta_gradient(
+            policy, MODEL, OWN, None, batches, loss, rates=task, generator=torch.Generator().manual_seed(0)
+        )
+        found.append({name: g for name, g in result.gradients.items() if name.startswith("pruning.")})
+        assert len(found[-1]) == 3 and all(bool((g != 0).any()) for g in found[-1].values())
+        assert int(result.state.pruning.steps) == 3
+    assert not any(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_meta_training_moves_the_head_and_its_file_brings_it_back() -> None:
+    trainer = MetaTrainer(tiny_model(), random_images(32, 3), None, tiny_config(rates=True, epochs=1))
+    policy = trainer.run()
+    assert isinstance(policy.pruning, LearnedRates)
+    assert bool((policy.pruning.output.weight != 0).any())
+    loaded = policy_from_dict(policy_to_dict(policy))
+    assert isinstance(loaded.pruning, LearnedRates) and loaded.pruning.config == policy.pruning.config
+    assert torch.equal(loaded.pruning.output.weight, policy.pruning.output.weight)
+
+
+def test_rates_are_learned_in_first_order_alone() -> None:
+    from metaopt.inner_loop import UnrollConfig
+
+    with pytest.raises(ConfigError, match=r"meta.rates=true does not go with meta.gradient=full"):
+        MetaTrainConfig(rates=True, unroll=UnrollConfig("full"))
