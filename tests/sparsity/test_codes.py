@@ -1,0 +1,138 @@
+"""Codecs: what goes in comes out, in its own shape, type and memory order."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from metaopt.errors import ConfigError
+from metaopt.sparsity import Rate
+from metaopt.sparsity.bits import pack_codes, packed_bytes, unpack_codes
+from metaopt.sparsity.codec import Half
+from metaopt.sparsity.codes import Bits, Integers, coded
+from metaopt.sparsity.ledger import Ledger
+from metaopt.sparsity.sparse import Sparse, sampled_threshold
+
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(3, 5, 7, 9),
+    "channels_last": lambda: torch.randn(3, 5, 7, 9).contiguous(memory_format=torch.channels_last),
+    "slice": lambda: torch.randn(3, 5, 14, 9)[:, :, ::2],
+    "transposed": lambda: torch.randn(9, 7, 5, 3).transpose(0, 3).transpose(1, 2),
+    "single row": lambda: torch.randn(1, 5, 700, 9),
+    "many pieces": lambda: torch.randn(40, 16, 32, 32),
+    "vector": lambda: torch.randn(1001),
+}
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_of_any_width_come_back(bits: int):
+    codes = torch.randint(0, 2**bits, (8 * 37,), dtype=torch.uint8)
+    packed = torch.empty(packed_bytes(codes.numel(), bits), dtype=torch.uint8)
+    pack_codes(codes.clone(), bits, packed)
+    assert packed.numel() == 37 * bits
+    assert torch.equal(unpack_codes(packed, bits), codes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [8, 6, 3])
+def test_uniform_codes_err_by_half_a_bin_at_most(layout: str, bits: int):
+    tensor = LAYOUTS[layout]()
+    ledger = Ledger()
+    pack = coded(tensor, bits, (1,) if tensor.ndim == 4 else (), ledger)
+    found = pack.unpack()
+    assert found.shape == tensor.shape and found.dtype == tensor.dtype
+    assert (
+        (found.is_contiguous(memory_format=torch.channels_last))
+        == (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+        or tensor.ndim != 4
+        or tensor.shape[0] == 1
+    )
+    error = (found - tensor).abs()
+    low, high = pack.offset - pack.scale / 2, pack.offset + (2**bits - 0.5) * pack.scale
+    inside = (tensor >= low) & (tensor <= high)
+    assert float((error / pack.scale)[inside].max()) <= 0.501
+    assert bits < 6 or bool(inside.all())
+    assert ledger.held == pack._payload.buffer.numel() <= packed_bytes(tensor.numel(), bits) + 64 * bits
+
+
+def test_a_constant_channel_comes_back_as_it_was():
+    tensor = torch.randn(16, 4, 8, 8)
+    tensor[:, 2] = 3.25
+    for bits in (8, 4, 2, 1):
+        assert torch.allclose(coded(tensor, bits, (1,), Ledger()).unpack()[:, 2], torch.tensor(3.25), atol=1e-3)
+
+
+def test_float64_keeps_its_type():
+    assert coded(torch.randn(2, 4, 30, 30, dtype=torch.float64), 8, (1,), Ledger()).unpack().dtype == torch.float64
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_take_a_bit(layout: str):
+    tensor = LAYOUTS[layout]() > 0.3
+    pack = Bits(tensor, lambda piece: piece, (0.0, 1.0), Ledger())
+    assert torch.equal(pack.unpack(), tensor)
+    assert pack.nbytes <= tensor.numel() // 8 + 64
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 9), (100, 300), (-40_000, 20_000), (0, 10**6)])
+def test_integers_come_back_in_their_type(low: int, high: int):
+    tensor = torch.randint(low, high + 1, (5, 300))
+    tensor[0, :2] = torch.tensor([low, high])
+    pack = Integers(tensor, low, high, Ledger())
+    assert torch.equal(pack.unpack(), tensor) and pack.unpack().dtype == torch.int64
+    assert pack.nbytes < tensor.nbytes
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_halves_choose_the_type_that_fits(scale: float):
+    tensor = torch.randn(50, 50) * scale
+    torch.testing.assert_close(Half(tensor, Ledger()).unpack(), tensor, rtol=1e-3 if scale == 1 else 1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_sparsity_keeps_the_largest_and_zeroes_the_rest(keep: float, bits: int):
+    tensor = torch.randn(64, 16, 12, 12).contiguous(memory_format=torch.channels_last)
+    ledger = Ledger()
+    pack = Sparse(tensor, Rate(bits, keep), ledger)
+    found = pack.unpack()
+    kept = found != 0
+    assert float(kept.float().mean()) == pytest.approx(keep, abs=0.02)
+    torch.testing.assert_close(found[kept], tensor[kept], rtol=0, atol=0.03)
+    if 0 < keep < 1:
+        assert float(tensor[~kept].abs().max()) <= float(tensor[kept].abs().min()) + 0.03
+    assert ledger.held <= tensor.numel() * (1 / 8 + (keep + 0.02) * bits / 8) + 1024
+
+
+def test_the_sampled_threshold_is_near_the_quantile():
+    tensor = torch.randn(200, 16, 32, 32).abs()
+    assert float((tensor > sampled_threshold(tensor, 0.25)).float().mean()) == pytest.approx(0.25, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"bits": 9}, r"bits=9; allowed are 1 to 8, 16 or 32"), ({"keep": 1.5}, r"keep=1.5")]
+)
+def test_a_rate_out_of_range_is_refused(values: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        Rate(**values)
+
+
+def test_the_ledger_counts_a_shared_storage_once():
+    ledger, tensor = Ledger(), torch.zeros(100)
+    holds = [ledger.hold(tensor), ledger.hold(tensor[:10])]
+    assert ledger.held == 400
+    holds.pop()
+    assert ledger.held == 400
+    holds.pop()
+    assert (ledger.held, ledger.peak) == (0, 400)
+
+
+def lent(ledger: Ledger) -> Tensor:
+    return ledger.lend(torch.zeros(100))
+
+
+def test_what_is_lent_counts_until_it_is_dropped():
+    ledger = Ledger()
+    tensor = lent(ledger)
+    assert ledger.held == tensor.nbytes
+    del tensor
+    assert (ledger.held, ledger.peak) == (0, 400)
