@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaopt.errors import ConfigError
 from metaopt.sparsity import Rate, SavedActivations
+
 from .cases import OPERATORS, Operator, Wrap
 
 
