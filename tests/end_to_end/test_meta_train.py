@@ -63,8 +63,10 @@ def test_a_run_leaves_a_small_policy_a_summary_and_curves(workspace: Path) -> No
 
 def test_nothing_is_written_elsewhere(workspace: Path) -> None:
     assert {path.name for path in workspace.iterdir()} == {"model.pt", "ckpt.pt", "run"}
-    suffixes = {path.name.split(".")[0] + path.suffix for path in (workspace / "run").iterdir()}
-    assert suffixes == {"last.pt", "summary.json", "events.0"}
+    # TensorBoard's names go on with the time, the host, the process and the number of its file in that process.
+    names = {path.name.partition(".tfevents")[0] for path in (workspace / "run").iterdir()}
+    assert names == {"last.pt", "summary.json", "events.out"}
+    assert len(list((workspace / "run").iterdir())) == 3
 
 
 def test_stopped_and_resumed_equals_uninterrupted(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
