@@ -57,7 +57,7 @@ def batch_norm(store: Store, call: Call) -> str | None:
     x = call.get(0, "input")
     weight, bias, training = call.get(3, "weight"), call.get(4, "bias"), call.get(5, "training", False)
     slots = call.slots_of(x)
-    if len(slots) != 1 or x.numel() < SMALL:
+    if len(slots) != 1 or x.numel() < SMALL or store.alive_anyway(slots[0].saved):
         return "batch_norm"
     if not training:
         return _running_batch_norm(store, call, slots[0])
@@ -147,10 +147,12 @@ def _normalised(store: Store, call: Call, slot: Slot, mean: Tensor, rstd: Tensor
     """Store x̂ = (x − mean) · rstd, with a range a channel, and the output as known from it."""
     x = slot.saved.detach()
     weight, bias = call.get(2, "weight"), call.get(3, "bias")
-    if store.rate.keep < 1.0 and x.numel() >= SMALL:
+    if x.numel() < SMALL or store.alive_anyway(slot.saved):
+        return
+    if store.rate.keep < 1.0:
         slot.fill(_sparse(slot.saved, mean.detach(), rstd.detach(), store))
         return
-    if store.rate.bits >= 16 or x.numel() < SMALL or store.alive_anyway(slot.saved):
+    if store.rate.bits >= 16:
         slot.fill(store.any(slot.saved))
         return
     mean, rstd = mean.detach(), rstd.detach()
@@ -192,7 +194,7 @@ def rms_norm(store: Store, call: Call) -> str:
             for slot in other:
                 slot.fill(Derived(lambda: packed.unpack() * rstd, packed))
         return "rms_norm"
-    if not own or x.numel() < SMALL:
+    if not own or x.numel() < SMALL or store.alive_anyway(own[0].saved):
         return "rms_norm"
     normalised = own[0].saved.detach() * rstd
     if store.rate.keep < 1.0:

@@ -9,6 +9,7 @@ autocast, memory formats and every backend work as they did, and in ``exact`` se
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class SavedActivations:
     What ``torch.utils.checkpoint`` recomputes inside the model stays as checkpointing has it.
 
     Args:
-        model: its layers give their names, and its parameters and buffers do not count.
+        model: its layers give their names; its parameters, its buffers and the batch that it is called with do not
+            count.
         memory: ``exact``: gradients are those of plain torch up to rounding, of any order; ``compact``: codes, by
             default of 8 bits; ``pruned``: rates may also drop entries.
         rates: rate of a layer by its qualified name; others have the default.
@@ -147,7 +149,8 @@ class _Active:
         for tensor in (*self.owner.model.parameters(), *self.owner.model.buffers()):
             self.owner._store.exclude(tensor)
         for name, module in self.owner.model.named_modules():
-            self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.names.append(name)))
+            enter = partial(self._enter, name)
+            self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             # Also after an error, so that a caller who catches it finds the names in order.
             self.handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
         self.hooks = saved_tensors_hooks(self._pack, _unpack)
@@ -160,6 +163,13 @@ class _Active:
         self.hooks.__exit__(*exception)
         for handle in self.handles:
             handle.remove()
+
+    def _enter(self, name: str, _module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+        if not self.names:
+            for value in (*inputs, *named.values()):
+                if isinstance(value, Tensor) and not value.requires_grad:
+                    self.owner._store.exclude_batch(value)
+        self.names.append(name)
 
     def _leave(self) -> None:
         self.names.pop()

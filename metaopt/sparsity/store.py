@@ -17,6 +17,9 @@ from metaopt.sparsity.sparse import Sparse
 SMALL = 1024
 """Tensors of fewer elements are kept as they are."""
 
+VIEW_SHARE = 64
+"""A view of less than one part in so many of its storage is copied rather than kept."""
+
 
 class Slot:
     """Stands in the graph for one saved tensor; holds it until the operator is done, and its pack from then on."""
@@ -122,6 +125,7 @@ class Store:
         self.ledger = ledger
         self.rate = Rate()
         self._excluded: dict[int, Tensor] = {}
+        self._batch: dict[int, Tensor] = {}
         self._known: dict[int, tuple[StorageWeakRef, dict[_View, Packed]]] = {}
         self._seen: dict[int, StorageWeakRef] = {}
 
@@ -129,8 +133,13 @@ class Store:
         """Never store or count this tensor's storage: it is alive anyway."""
         self._excluded[tensor.untyped_storage()._cdata] = tensor.detach()
 
+    def exclude_batch(self, tensor: Tensor) -> None:
+        """As `exclude`, until the model's forward pass is over."""
+        self._batch[tensor.untyped_storage()._cdata] = tensor.detach()
+
     def forget(self) -> None:
         """Drop what was remembered about tensors, or it would outlive its use in backward; packs in the graph stay."""
+        self._batch.clear()
         self._known.clear()
         self._seen.clear()
 
@@ -140,8 +149,9 @@ class Store:
         self._excluded.clear()
 
     def alive_anyway(self, tensor: Tensor) -> bool:
-        """Whether the tensor is a parameter, a buffer, or a leaf that stands in for one."""
-        return tensor.untyped_storage()._cdata in self._excluded or (tensor.is_leaf and tensor.requires_grad)
+        """Whether the tensor is a parameter, a buffer, a leaf that stands in for one, or the batch."""
+        key = tensor.untyped_storage()._cdata
+        return key in self._excluded or key in self._batch or (tensor.is_leaf and tensor.requires_grad)
 
     def known(self, tensor: Tensor) -> Packed | None:
         """How this tensor is stored or can be computed, where that is known."""
@@ -158,13 +168,15 @@ class Store:
         entry[1][_view(tensor)] = packed
         return packed
 
-    def keep(self, tensor: Tensor) -> Kept:
+    def keep(self, tensor: Tensor) -> Packed:
         """The tensor as it is; a copy where it is a small part of a large storage that it would keep alive."""
         if self.alive_anyway(tensor):
             return Kept(tensor, None)
-        if 4 * tensor.nbytes <= tensor.untyped_storage().nbytes():
-            tensor = tensor.detach().clone()
-        return Kept(tensor, self.ledger)
+        if VIEW_SHARE * tensor.nbytes > tensor.untyped_storage().nbytes():
+            return Kept(tensor, self.ledger)
+        copy = Kept(tensor.detach().clone(), self.ledger)
+        # Whoever unpacks what is remembered may write to it.
+        return self.remember(tensor, Derived(lambda: copy.unpack().clone(), copy))
 
     def any(self, tensor: Tensor) -> Packed:
         """A tensor of which nothing is known but that it is needed: floats as halves, masks and indices in few bits."""
@@ -197,11 +209,11 @@ class Store:
 
     def _as_it_is(self, tensor: Tensor) -> Packed | None:
         """How a tensor is stored at any rate, if it is small or its storage is alive or stored already."""
-        if self.alive_anyway(tensor) or tensor.numel() < SMALL:
-            return self.keep(tensor)
-        known = self.known(tensor)
+        known = None if self.alive_anyway(tensor) else self.known(tensor)
         if known is not None:
             return known
+        if self.alive_anyway(tensor) or tensor.numel() < SMALL:
+            return self.keep(tensor)
         repeated = [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
         return self.keep(tensor) if repeated else None
 
