@@ -175,10 +175,12 @@ def as_kept(inputs: Tensor, rate: Rate, weight: Tensor | None = None, bias: Tens
             if given is not None:
                 own.copy_(given)
     with torch.enable_grad(), SavedActivations(layer, memory="pruned", default=rate):
-        node = layer(inputs.detach().reshape(*inputs.shape[:2], -1)).grad_fn
+        # Not a leaf: the batch that a model is called with is alive anyway, and the engine leaves it alone.
+        middle = inputs.detach().reshape(*inputs.shape[:2], -1).requires_grad_().clone()
+        node = layer(middle).grad_fn
     assert node is not None
     with torch.no_grad():
-        return node._saved_input.reshape(inputs.shape)  # type: ignore[attr-defined]  # reading it unpacks it
+        return node._saved_input.detach().reshape(inputs.shape)  # type: ignore[attr-defined]  # reading it unpacks it
 
 
 class _Part(NamedTuple):
