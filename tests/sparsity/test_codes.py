@@ -48,8 +48,9 @@ def test_uniform_codes_err_by_half_a_bin_at_most(layout: str, bits: int):
     )
     error = (found - tensor).abs()
     low, high = pack.offset - pack.scale / 2, pack.offset + (2**bits - 0.5) * pack.scale
-    inside = (tensor >= low) & (tensor <= high)
-    assert float((error / pack.scale)[inside].max()) <= 0.501
+    rounding = 1e-3 * pack.scale  # of the edges themselves
+    inside = (tensor >= low - rounding) & (tensor <= high + rounding)
+    assert float((error / pack.scale)[inside].max()) <= 0.502
     assert bits < 6 or bool(inside.all())
     assert ledger.held == pack._payload.buffer.numel() <= packed_bytes(tensor.numel(), bits) + 64 * bits
 
