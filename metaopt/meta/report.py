@@ -10,8 +10,9 @@ from torch import Tensor
 
 from metaopt.data.shifts import REPORT, shift_names
 from metaopt.measure import Monitor
+from metaopt.meta.selection import held_out_tasks
 from metaopt.meta.tasks import Task
-from metaopt.meta.trainer import MetaTrainer, held_out_tasks
+from metaopt.meta.trainer import MetaTrainer
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 
 LONGEST = 8  # adaptation steps of a report's tasks, where meta-training unrolled as many

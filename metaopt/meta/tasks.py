@@ -80,6 +80,21 @@ class Task(Sequence[MetaBatch]):
         return "+".join(f"{shift.name}@{strength:.1f}" for shift, strength in self.shifts)
 
 
+class Window(Sequence[MetaBatch]):
+    """Positions ``start`` to ``stop`` of a task, made when they are asked for."""
+
+    def __init__(self, task: Task, start: int, stop: int) -> None:
+        self._task, self._positions = task, range(start, stop)
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> MetaBatch:  # type: ignore[override]
+        """The batch at one of them."""
+        return self._task[self._positions[position]]
+
+
 class TaskSampler:
     """Draws tasks.
 

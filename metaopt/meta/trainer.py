@@ -13,18 +13,18 @@ from metaopt.data.seeding import generator_for
 from metaopt.data.shifts import META, Shift, shift_names
 from metaopt.errors import CheckpointError, DataError
 from metaopt.generator import GradientGenerator
-from metaopt.inner_loop import MetaBatch, RateTask, build_backend, learned_tensors, meta_gradient, unrolled_loss
+from metaopt.inner_loop import build_backend, learned_tensors, meta_gradient, unrolled_loss
 from metaopt.measure import Monitor, curve_figure
 from metaopt.meta.config import MetaTrainConfig
-from metaopt.meta.loss import CleanTeacher, build_meta_loss
-from metaopt.meta.tasks import Task, TaskSampler
+from metaopt.meta.loss import build_meta_loss
+from metaopt.meta.rate_tasks import RateTasks
+from metaopt.meta.selection import held_out_tasks, selection_loss
+from metaopt.meta.tasks import Task, TaskSampler, Window
 from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
-from metaopt.parameters import adapted_layout, detached
+from metaopt.parameters import adapted_layout
 from metaopt.policy import AdaptationPolicy, SourceRecord, new_policy
-from metaopt.sparsity import LayerTable, Profile, RatesConfig
-
-LEAST_BUDGET = 1.1  # of the budgets that tasks have, times what the cheapest rates hold
+from metaopt.sparsity import RatesConfig
 
 
 @dataclass
@@ -95,7 +95,7 @@ class MetaTrainer:
         self.randomness = generator_for("meta-training", config.seed)
         self.counters = Counters()
         self.best = self._weights()
-        self._table: LayerTable | None = None
+        self.rate_tasks = RateTasks(model, self.policy, self.parameters) if config.rates else None
 
     def run(
         self,
@@ -199,7 +199,7 @@ class MetaTrainer:
     def _unroll(self, steps: int) -> float:
         """One task: meta-updates along it, or one at its end. Returns the mean meta-loss."""
         task = self.sampler.sample(steps, self.randomness)
-        rates = self._rate_task(task[0].images) if self.config.rates else None
+        rates = None if self.rate_tasks is None else self.rate_tasks.sample(task[0].images, self.randomness)
         length = min(self.config.update_every or steps, steps)
         parameters, state = self.parameters, None
         losses: list[Tensor] = []
@@ -209,7 +209,7 @@ class MetaTrainer:
                 self.model,
                 parameters,
                 state,
-                _Window(task, start, min(start + length, steps) + 1),
+                Window(task, start, min(start + length, steps) + 1),
                 self.meta_loss,
                 apply=self.apply,
                 config=self.config.unroll,
@@ -221,22 +221,6 @@ class MetaTrainer:
             self._update(result.loss, result.gradients, steps)
         self._log_unroll(losses)
         return float(torch.stack(losses).mean())
-
-    def _rate_task(self, images: Tensor) -> RateTask:
-        """A budget drawn log-uniformly, from a little above what the cheapest rates hold to what the dearest do."""
-        if self._table is None:
-            leaves = detached(self.parameters)
-
-            def loss_of(some: Tensor) -> Tensor:
-                loss = self.policy.evaluate(self.model, leaves, some).loss
-                assert loss is not None
-                return loss
-
-            self._table = Profile(self.model, loss_of, leaves, images).table(len(images))
-        totals = self._table.costs.sum(axis=0)
-        low, high = math.log(LEAST_BUDGET * totals.min()), math.log(totals.max())
-        budget = math.exp(low + float(torch.rand((), generator=self.randomness)) * (high - low))
-        return RateTask(self._table, int(budget) + self._table.fixed)
 
     def _update(self, loss: Tensor, gradients: dict[str, Tensor], steps: int) -> None:
         """One step of the meta-optimizer, unless the loss or a gradient is not finite."""
@@ -277,12 +261,7 @@ class MetaTrainer:
     def _select(self) -> None:
         """Score the weights on held-out tasks, without labels, and keep the best."""
         counters = self.counters
-        score = CleanTeacher(self.config.tempered)
-        losses = [
-            torch.stack(unrolled_loss(self.policy, self.model, self.parameters, task, score)).mean()
-            for task in self.selection
-        ]
-        loss = float(torch.stack(losses).mean())
+        loss = selection_loss(self, self.selection)
         counters.selection.append(loss)
         self.monitor.scalar("meta/selection_loss", loss, counters.updates)
         if not self.config.select_best or loss < counters.best_loss:
@@ -295,31 +274,3 @@ class MetaTrainer:
         """Class probabilities of the source model on clean images, (B, C)."""
         with torch.no_grad():
             return self.model(images).logits.softmax(dim=1)
-
-
-class _Window(Sequence[MetaBatch]):
-    """Positions ``start`` to ``stop`` of a task, made when they are asked for."""
-
-    def __init__(self, task: Task, start: int, stop: int) -> None:
-        self._task, self._positions = task, range(start, stop)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, position: int) -> MetaBatch:  # type: ignore[override]
-        return self._task[self._positions[position]]
-
-
-def held_out_tasks(trainer: MetaTrainer, shifts: Sequence[str], count: int, steps: int, seed: int = 0) -> list[Task]:
-    """Fixed tasks on other shifts than a trainer trains on, with its images and the source model as their teacher.
-
-    Args:
-        trainer: gives images, task settings and teacher.
-        shifts: names of the held-out shifts.
-        count: number of tasks.
-        steps: K.
-        seed: which tasks; another seed gives other ones.
-    """
-    randomness = generator_for("held-out tasks", seed)
-    held_out = TaskSampler(trainer.images, shifts, trainer.config.tasks, trainer.teach)
-    return [held_out.sample(steps, randomness) for _ in range(count)]

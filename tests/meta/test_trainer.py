@@ -111,7 +111,7 @@ def test_shrinkage_pulls_log_step_sizes_to_zero(monkeypatch: pytest.MonkeyPatch)
 
 def scripted_selection(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     rest = iter(losses)
-    monkeypatch.setattr(module, "unrolled_loss", lambda *args, **kwargs: [torch.tensor(next(rest))])
+    monkeypatch.setattr(module, "selection_loss", lambda *_: next(rest))
 
 
 @pytest.mark.parametrize(

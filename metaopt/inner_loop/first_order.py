@@ -1,0 +1,145 @@
+r"""First-order unrolls:
+
+.. math:: \sum_t \langle \nabla L_t(\theta_t), \partial\theta_t / \partial\varphi \rangle,
+
+where the network's gradients along the way count as constants. It is computed as the *full gradient of the linearised
+unroll*: a first pass adapts as deployment does and notes, at each position, the gradients of the inner loss and of the
+meta-loss; a second pass replays the rule alone on losses :math:`\langle g_t, \theta \rangle`, whose gradients are the
+noted ones. The network's graph never outlives its own step, so memory does not grow with K.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from metaopt.inner_loop.func import gradients_of
+from metaopt.inner_loop.rates import RateProbe, soft_choices
+from metaopt.inner_loop.unroll import Unroll
+from metaopt.parameters import detached, flatten
+from metaopt.policy.state import PolicyState, detached_state
+from metaopt.sparsity.head import LearnedRates
+from metaopt.sparsity.importance import gradient_importance, learning_layers
+from metaopt.types import Parameters, StepOutput
+
+
+@dataclass
+class _Notes:
+    """What the first pass of a first-order unroll leaves behind."""
+
+    inner: list[list[tuple[Tensor, Parameters]]] = field(default_factory=list)  # per step: (weight, gradient) pairs
+    meta: list[Parameters] = field(default_factory=list)  # per position: gradient of the meta-loss
+    starts: dict[int, tuple[Parameters, PolicyState]] = field(default_factory=dict)  # at each cut
+
+
+class FirstOrderUnroll(Unroll):
+    """One unroll in progress, differentiated in first order."""
+
+    term_steps: frozenset[int] = frozenset()  # at which each term of the objective gets its own backward pass
+    rate_step = -1  # at which learned rates are asked
+
+    def run(self, parameters: Parameters, state: PolicyState | None) -> tuple[Parameters, PolicyState]:
+        """Adapt as deployment does, then differentiate the linearised steps."""
+        self._pick_steps()
+        fresh = state is None
+        notes = _Notes()
+        last = self._adapt(parameters, state, notes)
+        with torch.enable_grad():
+            for start, stop in self.segments():
+                parameters, state = notes.starts[start]
+                parameters = detached(parameters)
+                rule_state = self.policy.init(parameters).rule if fresh and start == 0 else state.rule
+                scores, flat = [], flatten(parameters)
+                for step in range(start, stop):
+                    products = [weight * torch.dot(flatten(each), flat) for weight, each in notes.inner[step]]
+                    parameters, rule_state = self.apply(torch.stack(products).sum(), parameters, rule_state)
+                    flat = flatten(parameters)
+                    scores.append(torch.dot(flatten(notes.meta[step]), flat))
+                self.accumulate(torch.stack(scores).sum())
+        return last
+
+    def _pick_steps(self) -> None:
+        """Choose the steps that tell of the objective's weights and of the rates."""
+        count = min(self.config.term_steps or self.steps, self.steps)
+        if self.policy.objective is not None and any(w.requires_grad for w in self.policy.objective.weights().values()):
+            self.term_steps = frozenset(torch.randperm(self.steps, generator=self.generator)[:count].tolist())
+        if self.rates is not None and isinstance(self.policy.pruning, LearnedRates):
+            self.rate_step = int(torch.randint(self.steps, (), generator=self.generator))
+
+    def _adapt(
+        self, parameters: Parameters, state: PolicyState | None, notes: _Notes
+    ) -> tuple[Parameters, PolicyState]:
+        """First pass: note the gradients along the way; return parameters and state after the last step."""
+        starts = {start for start, _ in self.segments()}
+        with torch.no_grad():
+            state = self.policy.init(parameters) if state is None else state
+        for position in range(self.steps + 1):
+            leaves = detached(parameters)
+            if position in starts:
+                notes.starts[position] = (leaves, detached_state(state))
+            inner = self._note(leaves, position, notes, state)
+            if inner is not None:
+                notes.inner.append(inner)
+                parameters, state = self._update(leaves, inner, state)
+        return detached(parameters), detached_state(state)
+
+    def _note(
+        self, leaves: Parameters, position: int, notes: _Notes, state: PolicyState
+    ) -> list[tuple[Tensor, Parameters]] | None:
+        """One forward pass and its backward passes. The network's graph ends with this call."""
+        batch = self.batches[position]
+        probe = RateProbe(self.model, learning_layers(leaves)) if position == self.rate_step else None
+        with torch.enable_grad(), nullcontext() if probe is None else probe.watching():
+            output = self.policy.evaluate(self.model, leaves, batch.images, position)
+            spoiled = None if probe is None else self._spoiled(probe, output, leaves, state)
+            score = self.meta_loss(output, batch) if position > 0 else None
+            shared = score is not None and self.meta_loss.own_objective and position not in self.term_steps
+            inner = None
+            if position < self.steps:
+                inner = self._inner_gradients(output, leaves, position, keep=score is not None and not shared)
+            if score is not None:
+                notes.meta.append(inner[0][1] if shared and inner is not None else gradients_of(score, leaves))
+                self.losses.append(score.detach())
+        return inner if inner is None or spoiled is None else [*inner, spoiled]
+
+    def _spoiled(
+        self, probe: RateProbe, output: StepOutput, leaves: Parameters, state: PolicyState
+    ) -> tuple[Tensor, Parameters]:
+        """What learned rates change of this step's gradient; it stands for all steps."""
+        assert isinstance(self.policy.pruning, LearnedRates) and self.rates is not None and output.loss is not None
+        choices = soft_choices(self.policy.pruning, self.rates, leaves, state.pruning, float(self.steps))
+        return output.loss.new_ones(()), probe.correction(output.loss, choices, self.rates.table, leaves)
+
+    def _inner_gradients(
+        self, output: StepOutput, leaves: Parameters, position: int, keep: bool
+    ) -> list[tuple[Tensor, Parameters]]:
+        """Weights and gradients whose sum of products is the inner loss's gradient.
+
+        At most steps the sum is one gradient of weight 1. At the chosen ones each term has its own, and its weight
+        carries a graph: scaled, so that the sum over the chosen steps estimates the sum over all of them.
+        """
+        assert output.loss is not None and self.policy.objective is not None
+        if position not in self.term_steps:
+            return [(output.loss.new_ones(()), gradients_of(output.loss, leaves, retain_graph=keep))]
+        scale = self.steps / len(self.term_steps)
+        pairs = []
+        for name, weight in self.policy.objective.weights().items():
+            gradient = gradients_of(output.terms[name], leaves, retain_graph=True)
+            fixed = weight.detach()
+            pairs.append((fixed + scale * (weight - fixed), gradient))
+        return pairs
+
+    def _update(
+        self, leaves: Parameters, inner: list[tuple[Tensor, Parameters]], state: PolicyState
+    ) -> tuple[Parameters, PolicyState]:
+        """The rule's update on the noted gradients, without a graph."""
+        assert self.policy.rule is not None
+        with torch.no_grad():
+            gradients = {name: torch.stack([w * each[name] for w, each in inner]).sum(dim=0) for name in leaves}
+            updates, rule_state = self.policy.rule.update(gradients, state.rule)
+            pruning = state.pruning
+            if self.policy.pruning is not None:
+                pruning = self.policy.pruning.observe(gradient_importance(gradients, learning_layers(leaves)), pruning)
+            state = replace(state, rule=rule_state, pruning=pruning)
+            return {name: leaf - updates[name] for name, leaf in leaves.items()}, state

@@ -1,0 +1,91 @@
+r"""The meta-gradient of an unroll, taken in one of two ways.
+
+``full``
+    differentiates through everything, second derivatives of the network included.
+``first_order``
+    counts the network's gradients along the way as constants (:mod:`metaopt.inner_loop.first_order`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metaopt.errors import ConfigError
+from metaopt.inner_loop.first_order import FirstOrderUnroll
+from metaopt.inner_loop.func import FuncApply
+from metaopt.inner_loop.rates import RateTask
+from metaopt.inner_loop.unroll import MetaBatch, MetaGradient, MetaLoss, Unroll, UnrollConfig
+from metaopt.parameters import detached
+from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.state import PolicyState, detached_state
+from metaopt.types import ApplyUpdate, Parameters
+
+
+def meta_gradient(
+    policy: AdaptationPolicy,
+    model: nn.Module,
+    parameters: Parameters,
+    state: PolicyState | None,
+    batches: Sequence[MetaBatch],
+    meta_loss: MetaLoss,
+    *,
+    apply: ApplyUpdate | None = None,
+    config: UnrollConfig | None = None,
+    generator: torch.Generator | None = None,
+    rates: RateTask | None = None,
+) -> MetaGradient:
+    """Unroll the policy over K + 1 batches and differentiate the mean meta-loss in its learned tensors.
+
+    Args:
+        policy: policy with an update rule.
+        model: source model.
+        parameters: adapted tensors to start from; they are not changed.
+        state: state to start from; None for a fresh one, whose learned start then takes part in the gradient.
+        batches: K + 1 batches; the last is scored only.
+        meta_loss: label-free score of a position.
+        apply: differentiable update of a backend; default: ``func``.
+        config: way of differentiation.
+        generator: source of the steps at which each term's own gradient is taken, and that of the rates.
+        rates: what is asked of learned rates; None: they do not take part.
+
+    Raises:
+        ConfigError: fewer than two batches, or a policy that never updates.
+    """
+    config = config or UnrollConfig()
+    if len(batches) < 2:
+        raise ConfigError(f"an unroll got {len(batches)} batches; it needs K + 1 >= 2: give at least two")
+    if policy.rule is None:
+        raise ConfigError(f"method {policy.method!r} never updates, so it has no meta-gradient: choose one with a rule")
+    kind = FullUnroll if config.gradient == "full" else FirstOrderUnroll
+    unroll = kind(policy, model, batches, meta_loss, apply or FuncApply(policy.rule), config, rates, generator)
+    parameters, state = unroll.run(parameters, state)
+    return MetaGradient(unroll.losses, unroll.gradients, parameters, state)
+
+
+class FullUnroll(Unroll):
+    """One unroll in progress, differentiated as a whole."""
+
+    def run(self, parameters: Parameters, state: PolicyState | None) -> tuple[Parameters, PolicyState]:
+        """Differentiate through every step, network included, segment by segment."""
+        # The fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            for start, stop in self.segments():
+                parameters = detached(parameters)
+                state = self.policy.init(parameters) if state is None else detached_state(state)
+                scores = []
+                for position in range(start, stop + 1):
+                    batch, now = self.batches[position], parameters
+                    if position < stop:
+                        parameters, state, output = self.policy.step(
+                            self.model, now, state, batch.images, self.apply, position
+                        )
+                    else:
+                        output = self.policy.evaluate(self.model, now, batch.images, position)
+                    if position > start:
+                        scores.append(self.meta_loss(output, batch))
+                self.losses.extend(score.detach() for score in scores)
+                self.accumulate(torch.stack(scores).sum())
+        assert state is not None
+        return detached(parameters), detached_state(state)
