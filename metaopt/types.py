@@ -36,6 +36,7 @@ class StepOutput:
     logits: Tensor  # (B, C)
     loss: Tensor | None = None  # scalar; None for a method without an objective
     terms: Mapping[str, Tensor] = field(default_factory=dict)  # unweighted scalar value of each part of the objective
+    distance: Tensor | None = None  # of the batch from those before it; None for a method without restoration
 
 
 class Objective(Protocol):

@@ -17,7 +17,7 @@ from metaopt.meta import MetaTrainConfig, TaskConfig
 from metaopt.models import SourceModel, load_source_model
 from metaopt.objectives import source_statistics
 from metaopt.objectives.registry import get_term
-from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.policy import AdaptationPolicy, MethodConfig, RestorationConfig, build_method
 from metaopt.source_training import train_digits_source
 from metaopt.types import SourceStatistics
 
@@ -145,6 +145,8 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
             clean_view=meta.clean_view,
         ),
         unroll=UnrollConfig(meta.gradient, meta.truncation, meta.term_steps),
+        restoration=RestorationConfig() if meta.restoration else None,
+        carry=meta.carry if meta.restoration else 0.0,
         rates=meta.rates,
         loss=meta.loss,
         tempered=meta.tempered,
@@ -187,6 +189,7 @@ def assemble_method(
         objective=section.objective,
         objective_from_policy=section.objective_from_policy,
         pruning=section.pruning,
+        restoration=section.restoration,
     )
     needed = _needs_statistics(section, policy)
     return build_method(config, policy=policy, statistics=statistics() if needed else None)

@@ -99,6 +99,7 @@ class MethodSection:
     objective: dict[str, float] = field(default_factory=dict)  # weight of each term; empty: the policy's own
     objective_from_policy: bool = False  # with policy_path, take its objective with the learned weights
     pruning: str = "rate_distortion"  # the rule of memory=pruned
+    restoration: bool = False  # bring the source back where the stream shifts
 
     def __post_init__(self) -> None:
         """Check the range of each value."""
@@ -155,6 +156,8 @@ class MetaSection:
     select_best: bool
     report_tasks: int
     report_adam_lr: float
+    restoration: bool = True
+    carry: float = 0.5
     rates: bool = False
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from metaopt.inner_loop.backends import BACKENDS as BACKENDS
 from metaopt.inner_loop.backends import build_backend as build_backend
+from metaopt.inner_loop.evaluate import deployed as deployed
 from metaopt.inner_loop.evaluate import unrolled_loss as unrolled_loss
 from metaopt.inner_loop.func import FuncApply as FuncApply
 from metaopt.inner_loop.func import InPlaceApply as InPlaceApply

@@ -9,6 +9,7 @@ from metaopt.inner_loop.func import InPlaceApply
 from metaopt.inner_loop.unroll import MetaBatch, MetaLoss
 from metaopt.parameters import detached
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.state import PolicyState
 from metaopt.types import Parameters
 
 
@@ -23,9 +24,21 @@ def unrolled_loss(
 
     Works for every method, those that never update included. ``parameters`` are not changed.
     """
-    parameters = detached({name: tensor.clone() for name, tensor in parameters.items()})
     with torch.no_grad():
         state = policy.init(parameters)
+    return deployed(policy, model, parameters, state, batches, meta_loss)[0]
+
+
+def deployed(
+    policy: AdaptationPolicy,
+    model: nn.Module,
+    parameters: Parameters,
+    state: PolicyState,
+    batches: Iterable[MetaBatch],
+    meta_loss: MetaLoss,
+) -> tuple[list[Tensor], Parameters, PolicyState]:
+    """As :func:`unrolled_loss`, from any state on; also where it ended."""
+    parameters = detached({name: tensor.clone() for name, tensor in parameters.items()})
     apply = InPlaceApply(policy.rule) if policy.rule is not None else None
     losses: list[Tensor] = []
     for position, batch in enumerate(batches):
@@ -33,4 +46,4 @@ def unrolled_loss(
             parameters, state, output = policy.step(model, parameters, state, batch.images, apply, position)
         if position > 0:
             losses.append(meta_loss(output, batch).detach())
-    return losses
+    return losses, parameters, state

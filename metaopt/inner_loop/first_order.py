@@ -16,8 +16,9 @@ from torch import Tensor
 
 from metaopt.inner_loop.func import gradients_of
 from metaopt.inner_loop.rates import RateProbe, soft_choices
-from metaopt.inner_loop.unroll import Unroll
+from metaopt.inner_loop.unroll import MetaBatch, Unroll
 from metaopt.parameters import detached, flatten
+from metaopt.policy.shift import Sensed
 from metaopt.policy.state import PolicyState, detached_state
 from metaopt.sparsity.head import LearnedRates
 from metaopt.sparsity.importance import gradient_importance, learning_layers
@@ -30,6 +31,7 @@ class _Notes:
 
     inner: list[list[tuple[Tensor, Parameters]]] = field(default_factory=list)  # per step: (weight, gradient) pairs
     meta: list[Parameters] = field(default_factory=list)  # per position: gradient of the meta-loss
+    sensed: list[Sensed | None] = field(default_factory=list)  # per position: what was told of the batch beforehand
     starts: dict[int, tuple[Parameters, PolicyState]] = field(default_factory=dict)  # at each cut
 
 
@@ -49,15 +51,24 @@ class FirstOrderUnroll(Unroll):
             for start, stop in self.segments():
                 parameters, state = notes.starts[start]
                 parameters = detached(parameters)
-                rule_state = self.policy.init(parameters).rule if fresh and start == 0 else state.rule
-                scores, flat = [], flatten(parameters)
-                for step in range(start, stop):
-                    products = [weight * torch.dot(flatten(each), flat) for weight, each in notes.inner[step]]
-                    parameters, rule_state = self.apply(torch.stack(products).sum(), parameters, rule_state)
-                    flat = flatten(parameters)
-                    scores.append(torch.dot(flatten(notes.meta[step]), flat))
-                self.accumulate(torch.stack(scores).sum())
+                if fresh and start == 0:
+                    state = self.policy.init(parameters)
+                self.accumulate(self._replay(parameters, state, notes, start, stop))
         return last
+
+    def _replay(self, parameters: Parameters, state: PolicyState, notes: _Notes, start: int, stop: int) -> Tensor:
+        """The linearised steps from one cut to the next: the sum of the positions' linearised meta-losses."""
+        scores = []
+        for position in range(start, stop + 1):
+            parameters, state = self.policy.restore(self.model, parameters, state, notes.sensed[position])
+            flat = flatten(parameters)
+            if position > start:
+                scores.append(torch.dot(flatten(notes.meta[position - 1]), flat))
+            if position < stop:
+                products = [weight * torch.dot(flatten(each), flat) for weight, each in notes.inner[position]]
+                parameters, rule_state = self.apply(torch.stack(products).sum(), parameters, state.rule)
+                state = replace(state, rule=rule_state)
+        return torch.stack(scores).sum()
 
     def _pick_steps(self) -> None:
         """Choose the steps that tell of the objective's weights and of the rates."""
@@ -75,20 +86,23 @@ class FirstOrderUnroll(Unroll):
         with torch.no_grad():
             state = self.policy.init(parameters) if state is None else state
         for position in range(self.steps + 1):
-            leaves = detached(parameters)
             if position in starts:
-                notes.starts[position] = (leaves, detached_state(state))
-            inner = self._note(leaves, position, notes, state)
+                notes.starts[position] = (detached(parameters), detached_state(state))
+            batch = self.batches[position]
+            notes.sensed.append(self.policy.sense(self.model, parameters, state, batch.images))
+            with torch.no_grad():
+                now, here = self.policy.restore(self.model, parameters, state, notes.sensed[position])
+            leaves = detached(now)
+            inner = self._note(leaves, position, batch, notes, here)
             if inner is not None:
                 notes.inner.append(inner)
-                parameters, state = self._update(leaves, inner, state)
+                parameters, state = self._update(leaves, inner, here)
         return detached(parameters), detached_state(state)
 
     def _note(
-        self, leaves: Parameters, position: int, notes: _Notes, state: PolicyState
+        self, leaves: Parameters, position: int, batch: MetaBatch, notes: _Notes, state: PolicyState
     ) -> list[tuple[Tensor, Parameters]] | None:
         """One forward pass and its backward passes. The network's graph ends with this call."""
-        batch = self.batches[position]
         probe = RateProbe(self.model, learning_layers(leaves)) if position == self.rate_step else None
         with torch.enable_grad(), nullcontext() if probe is None else probe.watching():
             output = self.policy.evaluate(self.model, leaves, batch.images, position)

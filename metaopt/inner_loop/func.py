@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.parameters import detached
 from metaopt.types import Parameters, UpdateRule
 
 
@@ -52,12 +53,12 @@ class InPlaceApply:
     accept: Callable[[Tensor, Parameters], bool] | None = None
 
     def __call__(self, loss: Tensor, parameters: Parameters, state: Any) -> tuple[Parameters, Any]:
-        """The same parameters, changed in place, and new rule state after one update on ``loss``."""
+        """The same storages, changed in place, as fresh leaves, and new rule state after one update on ``loss``."""
         gradients = gradients_of(loss, parameters)
         if self.accept is not None and not self.accept(loss, gradients):
-            return parameters, state
+            return detached(parameters), state
         with torch.no_grad():
             updates, state = self.rule.update(gradients, state)
             subtract = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
             subtract(list(parameters.values()), list(updates.values()))
-        return parameters, state
+        return detached(parameters), state

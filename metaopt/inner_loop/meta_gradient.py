@@ -82,7 +82,7 @@ class FullUnroll(Unroll):
                             self.model, now, state, batch.images, self.apply, position
                         )
                     else:
-                        output = self.policy.evaluate(self.model, now, batch.images, position)
+                        output = self.policy.preview(self.model, now, state, batch.images, position)
                     if position > start:
                         scores.append(self.meta_loss(output, batch))
                 self.losses.extend(score.detach() for score in scores)

@@ -10,6 +10,7 @@ from metaopt.inner_loop.backends import BACKENDS
 from metaopt.inner_loop.unroll import UnrollConfig
 from metaopt.meta.loss import META_LOSSES
 from metaopt.meta.tasks import TaskConfig
+from metaopt.policy import RestorationConfig
 
 SCHEDULES = ("cosine", "constant")
 
@@ -23,6 +24,9 @@ class MetaTrainConfig:
     objective: dict[str, float] = field(default_factory=lambda: {"slr": 1.0, "diversity": 1.0})
     tasks: TaskConfig = field(default_factory=TaskConfig)
     unroll: UnrollConfig = field(default_factory=UnrollConfig)
+    # How the source comes back where the stream shifts, at the start; learned. None: it never does.
+    restoration: RestorationConfig | None = field(default_factory=RestorationConfig)
+    carry: float = 0.5  # probability that a task begins where the one before it ended
     rates: bool = False  # whether rates of what is kept of each layer are learned too, for any budget
     loss: str = "clean_teacher"
     tempered: bool = True  # whether the clean teacher is compared at the best temperature
@@ -59,6 +63,8 @@ class MetaTrainConfig:
                 f"meta.rates=true does not go with meta.gradient={self.unroll.gradient}; allowed is first_order: set "
                 "meta.gradient=first_order"
             )
+        if not 0 <= self.carry <= 1:
+            raise ConfigError(f"meta.carry is {self.carry}; a probability lies in [0, 1]: set for example 0.5")
         if not self.selection_shifts:
             raise ConfigError(
                 "meta.selection_shifts is empty; at least one shift is needed to choose the best epoch on: set "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from metaopt.data.seeding import generator_for
-from metaopt.inner_loop import unrolled_loss
+from metaopt.inner_loop import deployed
 from metaopt.meta.loss import CleanTeacher
 from metaopt.meta.tasks import Task, TaskSampler
 
@@ -30,10 +30,17 @@ def held_out_tasks(trainer: "MetaTrainer", shifts: Sequence[str], count: int, st
 
 
 def selection_loss(trainer: "MetaTrainer", tasks: Sequence[Task]) -> float:
-    """Mean over tasks and positions of the distance to the source model's predictions on the clean view."""
+    """Mean over tasks and positions of the distance to the source model's predictions on the clean view.
+
+    A policy that is trained on tasks that go on where another ended is scored on one stream of all tasks.
+    """
     score = CleanTeacher(trainer.config.tempered)
-    losses = [
-        torch.stack(unrolled_loss(trainer.policy, trainer.model, trainer.parameters, task, score)).mean()
-        for task in tasks
-    ]
-    return float(torch.stack(losses).mean())
+    means, parameters, state = [], trainer.parameters, None
+    for task in tasks:
+        if state is None or trainer.config.carry == 0:
+            parameters = trainer.parameters
+            with torch.no_grad():
+                state = trainer.policy.init(parameters)
+        losses, parameters, state = deployed(trainer.policy, trainer.model, parameters, state, task, score)
+        means.append(torch.stack(losses).mean())
+    return float(torch.stack(means).mean())

@@ -15,6 +15,7 @@ from metaopt.errors import CheckpointError, DataError
 from metaopt.generator import GradientGenerator
 from metaopt.inner_loop import build_backend, learned_tensors, meta_gradient, unrolled_loss
 from metaopt.measure import Monitor, curve_figure
+from metaopt.meta.carry import Carried
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.loss import build_meta_loss
 from metaopt.meta.rate_tasks import RateTasks
@@ -23,8 +24,9 @@ from metaopt.meta.tasks import Task, TaskSampler, Window
 from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
 from metaopt.parameters import adapted_layout
-from metaopt.policy import AdaptationPolicy, SourceRecord, new_policy
+from metaopt.policy import AdaptationPolicy, PolicyState, SourceRecord, new_policy
 from metaopt.sparsity import RatesConfig
+from metaopt.types import Parameters
 
 
 @dataclass
@@ -83,6 +85,7 @@ class MetaTrainer:
             layout.names,
             learned_objective=not self.meta_loss.own_objective,
             rates=RatesConfig() if config.rates else None,
+            restoration=config.restoration,
             seed=config.seed,
         ).to(images.device, next(iter(self.parameters.values())).dtype)
         assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)
@@ -95,6 +98,7 @@ class MetaTrainer:
         self.randomness = generator_for("meta-training", config.seed)
         self.counters = Counters()
         self.best = self._weights()
+        self.carried: Carried | None = None  # where the last task ended
         self.rate_tasks = RateTasks(model, self.policy, self.parameters) if config.rates else None
 
     def run(
@@ -151,6 +155,7 @@ class MetaTrainer:
             "randomness": self.randomness.get_state(),
             "counters": {**vars(self.counters), "selection": list(self.counters.selection)},
             "best": dict(self.best),
+            "carried": None if self.carried is None else self.carried.to_dict(),
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
@@ -189,6 +194,8 @@ class MetaTrainer:
         self.randomness.set_state(values["randomness"])
         self.counters = Counters(**{**values["counters"], "selection": list(values["counters"]["selection"])})
         self.best = {name: tensor.clone() for name, tensor in values["best"].items()}
+        carried = values["carried"]
+        self.carried = None if carried is None else Carried.from_dict(carried, self.policy)
 
     def evaluate(self, tasks: Sequence[Task], policy: AdaptationPolicy | None = None) -> Tensor:
         """Mean of the meta-loss over the positions of each task, (tasks,)."""
@@ -201,7 +208,7 @@ class MetaTrainer:
         task = self.sampler.sample(steps, self.randomness)
         rates = None if self.rate_tasks is None else self.rate_tasks.sample(task[0].images, self.randomness)
         length = min(self.config.update_every or steps, steps)
-        parameters, state = self.parameters, None
+        parameters, state = self._begin()
         losses: list[Tensor] = []
         for start in range(0, steps, length):
             result = meta_gradient(
@@ -219,8 +226,18 @@ class MetaTrainer:
             parameters, state = result.parameters, result.state
             losses.extend(result.losses)
             self._update(result.loss, result.gradients, steps)
+        self.carried = Carried.of(parameters, state)
         self._log_unroll(losses)
         return float(torch.stack(losses).mean())
+
+    def _begin(self) -> tuple[Parameters, PolicyState | None]:
+        """Parameters and state that a task begins with: the source's, or those that the task before it ended with."""
+        if self.config.carry == 0:
+            return self.parameters, None
+        goes_on = float(torch.rand((), generator=self.randomness)) < self.config.carry
+        if self.carried is None or not goes_on:
+            return self.parameters, None
+        return self.carried.parameters, self.carried.state
 
     def _update(self, loss: Tensor, gradients: dict[str, Tensor], steps: int) -> None:
         """One step of the meta-optimizer, unless the loss or a gradient is not finite."""

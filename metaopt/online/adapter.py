@@ -13,7 +13,7 @@ from metaopt.errors import CheckpointError
 from metaopt.files import atomic_save, safe_load
 from metaopt.inner_loop import InPlaceApply
 from metaopt.models import SourceModel
-from metaopt.online.guard import FiniteGuard
+from metaopt.online.guard import NONFINITE, RESTORED, FiniteGuard
 from metaopt.parameters import adapted_layout
 from metaopt.policy import AdaptationPolicy, PolicyState, check_source
 from metaopt.policy.state import copied_state, state_from_list, state_to_list
@@ -68,7 +68,7 @@ class OnlineAdapter:
         """Updates applied since creation or the last reset."""
         if not self.policy.updates:
             return 0
-        return self.steps - self.guard.events.total()
+        return self.steps - self.guard.events[NONFINITE]
 
     def reset(self) -> None:
         """Back to the source: parameters, moments, memory and counters are as in a new adapter."""
@@ -78,7 +78,7 @@ class OnlineAdapter:
             self.state = copied_state(self.policy.init(self.parameters))
         self.steps = 0
         self.guard.events.clear()
-        self.guard.events.update({"nonfinite": 0})
+        self.guard.events.update({NONFINITE: 0} if self.policy.restoration is None else {NONFINITE: 0, RESTORED: 0})
 
     def __call__(self, images: Tensor) -> Tensor:
         """Predict, then adapt (inside ``frozen()``: predict only).
@@ -109,9 +109,15 @@ class OnlineAdapter:
                 )
         if not self._frozen:
             self.steps += 1
+            self._count_restoration(output)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
-        return StepOutput(output.logits.detach(), loss, terms)
+        return StepOutput(output.logits.detach(), loss, terms, output.distance)
+
+    def _count_restoration(self, output: StepOutput) -> None:
+        restoration = self.policy.restoration
+        if restoration is not None and output.distance is not None and restoration.begins_anew(output.distance):
+            self.guard.events[RESTORED] += 1
 
     def prepare(self, images: Tensor) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.

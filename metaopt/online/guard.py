@@ -9,6 +9,7 @@ from metaopt.parameters import flatten
 from metaopt.types import Parameters
 
 NONFINITE = "nonfinite"
+RESTORED = "restored"  # no refusal: the stream shifted and the source came back
 
 
 class FiniteGuard:

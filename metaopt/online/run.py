@@ -184,6 +184,8 @@ class _Run:
         self.steps += 1
         self.loss = output.loss
         self.monitor.scalar("online/entropy", _entropy(output.logits), self.steps)
+        if output.distance is not None:
+            self.monitor.scalar("online/shift_distance", output.distance, self.steps)
         return output.logits
 
     def log(self, score: DomainScore) -> None:

@@ -10,4 +10,6 @@ from metaopt.policy.methods import MethodConfig as MethodConfig
 from metaopt.policy.methods import build_method as build_method
 from metaopt.policy.methods import new_policy as new_policy
 from metaopt.policy.policy import AdaptationPolicy as AdaptationPolicy
+from metaopt.policy.restoration import RestorationConfig as RestorationConfig
+from metaopt.policy.restoration import SourceRestoration as SourceRestoration
 from metaopt.policy.state import PolicyState as PolicyState

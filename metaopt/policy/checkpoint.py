@@ -15,6 +15,7 @@ from metaopt.models import ModelSpec, SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.parameters import ParameterLayout, adapted_layout
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.restoration import RestorationConfig, SourceRestoration
 from metaopt.sparsity import LearnedRates, RatesConfig
 from metaopt.types import SourceStatistics
 
@@ -48,8 +49,10 @@ def policy_to_dict(policy: AdaptationPolicy) -> dict[str, Any]:
         )
     statistics, rates = policy.statistics, policy.pruning
     learned_rates = {"rates": rates.config.to_dict()} if isinstance(rates, LearnedRates) else {}
+    restoration = {} if policy.restoration is None else {"restoration": policy.restoration.config.to_dict()}
     return {
         **learned_rates,
+        **restoration,
         "format": FORMAT,
         "version": VERSION,
         "method": policy.method,
@@ -103,6 +106,7 @@ def _build(values: Mapping[str, Any]) -> AdaptationPolicy:
         if statistics is None
         else SourceStatistics(tuple(statistics["mean"]), tuple(statistics["std"])),
         pruning=LearnedRates(RatesConfig(**values["rates"])) if "rates" in values else None,
+        restoration=SourceRestoration(RestorationConfig(**values["restoration"])) if "restoration" in values else None,
     )
     dtypes = {tensor.dtype for tensor in values["weights"].values()}
     if len(dtypes) == 1:

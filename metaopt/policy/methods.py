@@ -10,6 +10,7 @@ from metaopt.errors import ConfigError
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
 from metaopt.objectives import WeightedObjective
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.restoration import RestorationConfig, SourceRestoration
 from metaopt.sparsity import PRUNING_RULES, LearnedRates, PruningRule, RatesConfig, build_rule
 from metaopt.types import SourceStatistics
 
@@ -22,7 +23,8 @@ class MethodConfig:
 
     ``lr`` None means the policy's own base rate for ``update="generator"``, and the rule's default otherwise.
     ``objective`` empty means the policy's own, with its learned weights. ``pruning`` is the rule that chooses what is
-    kept of each layer's activations where memory is pruned.
+    kept of each layer's activations where memory is pruned. ``restoration`` brings the source back where the stream
+    shifts: as the policy learned to, and without one that did, as ``RestorationConfig`` begins.
     """
 
     name: str
@@ -32,6 +34,7 @@ class MethodConfig:
     objective: Mapping[str, float] = field(default_factory=dict)
     objective_from_policy: bool = False
     pruning: str = "rate_distortion"
+    restoration: bool = False
 
     def __post_init__(self) -> None:
         """Check the update rule and the rate."""
@@ -71,6 +74,7 @@ def build_method(
         rule=rule,
         statistics=statistics,
         pruning=_pruning(config, policy),
+        restoration=_restoration(config, policy),
     )
     if policy is not None:
         method.source, method.training = policy.source, policy.training
@@ -117,6 +121,14 @@ def _pruning(config: MethodConfig, policy: AdaptationPolicy | None) -> PruningRu
     return policy.pruning or build_rule("rate_distortion")
 
 
+def _restoration(config: MethodConfig, policy: AdaptationPolicy | None) -> SourceRestoration | None:
+    if not config.restoration:
+        return None
+    if config.update == "generator" and policy is not None:
+        return policy.restoration  # a policy that was trained without one runs without one
+    return policy.restoration if policy is not None and policy.restoration is not None else SourceRestoration()
+
+
 def new_policy(
     generator: GeneratorConfig,
     objective: Mapping[str, float],
@@ -125,11 +137,12 @@ def new_policy(
     learned_objective: bool,
     statistics: SourceStatistics | None = None,
     rates: RatesConfig | None = None,
+    restoration: RestorationConfig | None = None,
     seed: int = 0,
 ) -> AdaptationPolicy:
     """A policy before meta-training: a fresh generator, drawn from ``seed``, and the objective's first weights.
 
-    ``rates``: also fresh learned rates.
+    ``rates``: also fresh learned rates; ``restoration``: also one that starts there.
 
     Terms of weight 0 are left out.
     """
@@ -144,4 +157,5 @@ def new_policy(
         rule=rule,
         statistics=statistics,
         pruning=pruning,
+        restoration=None if restoration is None else SourceRestoration(restoration),
     )

@@ -23,6 +23,8 @@ from torch.func import functional_call
 
 from metaopt.data.seeding import generator_for
 from metaopt.objectives import WeightedObjective, augmented_view
+from metaopt.policy.restoration import SourceRestoration, restored
+from metaopt.policy.shift import Sensed, distance, image_statistics, init_reference, merged
 from metaopt.policy.state import PolicyState
 from metaopt.sparsity import ActivationMemory, PruningRule
 from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
@@ -43,6 +45,7 @@ class AdaptationPolicy(nn.Module):
         statistics: source statistics of the features, where the objective needs them.
         seed: of the augmented views, where the objective compares two; with a step's number it tells its view.
         pruning: chooses what is kept of each layer's activations, where a step is told to keep less than all.
+        restoration: how much of the source comes back before each batch; None: nothing ever does.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class AdaptationPolicy(nn.Module):
         statistics: SourceStatistics | None = None,
         seed: int = 0,
         pruning: PruningRule | None = None,
+        restoration: SourceRestoration | None = None,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
@@ -66,6 +70,7 @@ class AdaptationPolicy(nn.Module):
         self.statistics = statistics
         self.seed = seed
         self.pruning = pruning
+        self.restoration = restoration
         self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
         self.training: dict[str, Any] = {}  # how it was meta-trained: primitives, for reports
 
@@ -82,10 +87,40 @@ class AdaptationPolicy(nn.Module):
 
     def init(self, parameters: Parameters) -> PolicyState:
         """State before the first batch."""
+        first = next(iter(parameters.values()))
         return PolicyState(
+            shift=None if self.restoration is None else init_reference(first.shape[-1], first.detach()),
             rule=None if self.rule is None else self.rule.init(parameters),
             pruning=None if self.pruning is None else self.pruning.init(parameters),
         )
+
+    def sense(self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor) -> Sensed | None:
+        """How far a batch lies from those before it; None for a method without restoration."""
+        if self.restoration is None:
+            return None
+        layer = next(iter(parameters)).rpartition(".")[0]
+        statistics = image_statistics(model, layer, images)
+        return Sensed(distance(state.shift, statistics), statistics)
+
+    def restore(
+        self, model: nn.Module, parameters: Parameters, state: PolicyState, sensed: Sensed | None
+    ) -> tuple[Parameters, PolicyState]:
+        """Parameters and state that a batch is predicted with: as they were, or nearer to the source.
+
+        Args:
+            model: source model, whose own tensors are what comes back.
+            parameters: adapted tensors before this batch.
+            state: state before this batch.
+            sensed: what :meth:`sense` told of the batch.
+        """
+        if self.restoration is None or sensed is None:
+            return parameters, state
+        strength = self.restoration(sensed.distance)
+        source = {name: model.get_parameter(name).detach() for name in parameters}
+        parameters = restored(parameters, source, strength)
+        if self.restoration.begins_anew(sensed.distance):
+            state = self.init(parameters)
+        return parameters, replace(state, shift=merged(state.shift, sensed.statistics))
 
     def evaluate(self, model: nn.Module, parameters: Parameters, images: Tensor, step: int = 0) -> StepOutput:
         """Predict and weigh the loss, without an update.
@@ -109,6 +144,13 @@ class AdaptationPolicy(nn.Module):
             output = output._replace(view_logits=viewed.logits)
         loss, terms = self.objective.loss(output, self.statistics)
         return StepOutput(output.logits, loss, terms)
+
+    def preview(
+        self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor, step: int = 0
+    ) -> StepOutput:
+        """What :meth:`step` would predict on a batch, which then leaves no trace."""
+        sensed = self.sense(model, parameters, state, images)
+        return self.evaluate(model, self.restore(model, parameters, state, sensed)[0], images, step)
 
     def step(
         self,
@@ -138,9 +180,12 @@ class AdaptationPolicy(nn.Module):
         """
         if not self.updates or apply is None:
             return parameters, state, self.evaluate(model, parameters, images, step)
+        sensed = self.sense(model, parameters, state, images)
+        parameters, state = self.restore(model, parameters, state, sensed)
         if memory is None:
             output = self.evaluate(model, parameters, images, step)
             parameters, rule_state = apply(_loss(output), parameters, state.rule)
+            output = replace(output, distance=None if sensed is None else sensed.distance)
             return parameters, replace(state, rule=rule_state), output
 
         def loss_of(some: Tensor) -> Tensor:
@@ -152,7 +197,7 @@ class AdaptationPolicy(nn.Module):
         refused = rule_state is state.rule and rule_state is not None
         if not refused:  # else nothing is to be learned from the batch
             state = replace(state, rule=rule_state, pruning=kept.state)
-        return parameters, state, output
+        return parameters, state, replace(output, distance=None if sensed is None else sensed.distance)
 
     def to(self, *args: Any, **kwargs: Any) -> "AdaptationPolicy":
         """Move the learned tensors and the source statistics."""

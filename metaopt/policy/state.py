@@ -15,6 +15,8 @@ class PolicyState:
     # Changes at every update.
     rule: Any = None  # the update rule's own state: a tree of tensors, or None for a method without updates
     pruning: Any = None  # the pruning rule's: what earlier gradients told of the layers; None without such a rule
+    # Changes at every batch.
+    shift: Any = None  # the images since the last restoration, as a ShiftReference; None for a method without one
 
     @property
     def tree(self) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from metaopt.models import SourceModel
 from metaopt.models.cifar_resnet import BasicBlock
 from metaopt.objectives import WeightedObjective, source_statistics
 from metaopt.parameters import adapted_layout
-from metaopt.policy import AdaptationPolicy
+from metaopt.policy import AdaptationPolicy, SourceRestoration
 from metaopt.types import Parameters, StepOutput
 
 GRADIENTS = ("first_order", "full")
@@ -93,6 +93,7 @@ def policy_for(
     terms: dict[str, float] | None = None,
     learned_objective: bool = True,
     seed: int = 0,
+    restoration: SourceRestoration | None = None,
 ) -> AdaptationPolicy:
     """A float64 policy whose learned tensors are all off their special start."""
     torch.manual_seed(seed)
@@ -100,7 +101,9 @@ def policy_for(
     objective = WeightedObjective(terms or {"entropy": 0.7, "diversity": 1.3}, learned=learned_objective)
     generator = GradientGenerator(GeneratorConfig(variant, lr=LR, hidden=4), names)
     statistics = source_statistics(model, images(77, 16), 8) if objective.needs_features else None
-    policy = AdaptationPolicy("policy", objective=objective, rule=generator, statistics=statistics).double()
+    policy = AdaptationPolicy(
+        "policy", objective=objective, rule=generator, statistics=statistics, restoration=restoration
+    ).double()
     with torch.no_grad():
         for tensor in generator.parameters():
             tensor.add_(0.1 * torch.randn_like(tensor))

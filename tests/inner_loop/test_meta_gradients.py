@@ -54,7 +54,10 @@ def test_the_backends_give_the_same_meta_gradient(model: str, gradient: str) -> 
 )
 def test_full_agrees_with_finite_differences_and_not_with_first_order(model: str, variant: str) -> None:
     network = MODELS[model]()
-    policy, batches = policy_for(network, variant), task(2)
+    check_against_differences(policy_for(network, variant), network, task(2))
+
+
+def check_against_differences(policy: AdaptationPolicy, network: SourceModel, batches: list[MetaBatch]) -> None:
     full = take(policy, network, batches, gradient="full").gradients
     first_order = take(policy, network, batches, **ALL_TERMS).gradients
     step = 1e-6

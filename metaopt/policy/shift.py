@@ -1,0 +1,106 @@
+r"""How far a batch lies from those before it, told before the model runs on it.
+
+What enters the first adapted layer depends on the images alone: no update has touched the layers before it. Each image
+gives the mean and the log standard deviation of every channel there over its positions, 2C numbers x. The distance of a
+batch B from the reference R (the images since the last restoration, of which at most ``WINDOW`` count) is
+
+.. math:: D = \frac{1}{2C} \sum_c \frac{(\mu_{B,c} - \mu_{R,c})^2}{\sigma_c^2 \, (1/n_B + 1/n_R)}
+
+with the variance :math:`\sigma_c^2` between images, pooled over B and R. Without a shift its expectation is 1 at every
+batch size. That statistics of a network's first layers tell a change of domain: Niloy et al., WACV 2024.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.parameters import norm_kind
+
+WINDOW = 2000.0  # images; an older past fades, so that the reference follows a slow drift
+LEAST_FREEDOM = 8.0  # degrees of freedom below which a variance tells nothing
+EPS = 1e-6
+
+
+class ShiftReference(NamedTuple):
+    """Statistics of the images since the last restoration."""
+
+    count: Tensor  # number of images, scalar
+    mean: Tensor  # (2C,)
+    variance: Tensor  # between images, unbiased, (2C,)
+
+
+class Sensed(NamedTuple):
+    """What was told of a batch before the model ran on it."""
+
+    distance: Tensor  # D, scalar
+    statistics: Tensor  # x of each image, (B, 2C)
+
+
+class _Reached(Exception):
+    """The layer that is watched has its input: the rest of the forward pass is not needed."""
+
+
+def init_reference(width: int, like: Tensor) -> ShiftReference:
+    """No images yet, of a layer with ``width`` channels."""
+    return ShiftReference(like.new_zeros(()), like.new_zeros(2 * width), like.new_zeros(2 * width))
+
+
+def image_statistics(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """x of each image, (B, 2C), without gradients; the forward pass ends where the layer begins.
+
+    Args:
+        model: source model.
+        layer: name of the normalisation layer whose input is watched.
+        images: (B, 3, H, W) in [0, 1].
+    """
+    module, found = model.get_submodule(layer), []
+
+    def reached(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0].detach())
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(reached)
+    try:
+        with torch.no_grad():
+            model(images)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    # Layers whose name ends so (timm's LayerNorm2d) take maps with the channels first, whatever they compute.
+    first = norm_kind(module) in ("batch_norm", "group_norm") or type(module).__name__.endswith("2d")
+    return _summary(found[0], channels_first=first)
+
+
+def _summary(x: Tensor, channels_first: bool) -> Tensor:
+    """Mean and log standard deviation over the positions of each image, (B, 2C)."""
+    x = x.reshape(len(x), x.shape[1], -1) if channels_first else x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)
+    variance, mean = torch.var_mean(x, dim=2, correction=0)
+    return torch.cat([mean, 0.5 * (variance + EPS).log()], dim=1)
+
+
+def distance(reference: ShiftReference, x: Tensor) -> Tensor:
+    """D, scalar; 1 while there is too little to compare.
+
+    Args:
+        reference: the images before.
+        x: statistics of the batch's images, (B, 2C).
+    """
+    count, freedom = len(x), reference.count + len(x) - 2
+    batch = x.var(dim=0, correction=0) * count
+    pooled = (batch + (reference.count - 1).clamp_min(0) * reference.variance) / freedom.clamp_min(1)
+    spread = pooled * (1 / count + 1 / reference.count.clamp_min(1))
+    told = ((x.mean(dim=0) - reference.mean).square() / (spread + EPS**2)).mean()
+    return torch.where((freedom < LEAST_FREEDOM) | (reference.count == 0), torch.ones_like(told), told)
+
+
+def merged(reference: ShiftReference, x: Tensor) -> ShiftReference:
+    """The reference with a batch's images added (the pairwise update of Chan et al., 1979)."""
+    count = len(x)
+    before = reference.count.clamp_max(WINDOW - count).clamp_min(0)
+    total = before + count
+    step = x.mean(dim=0) - reference.mean
+    squares = (before - 1).clamp_min(0) * reference.variance + x.var(dim=0, correction=0) * count
+    squares = squares + step.square() * before * count / total
+    return ShiftReference(total, reference.mean + step * count / total, squares / (total - 1).clamp_min(1))

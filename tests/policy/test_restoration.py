@@ -1,0 +1,118 @@
+"""Restoration: its equation, what it does to a stream that shifts, and its gradient."""
+
+import math
+
+import pytest
+import torch
+
+from metaopt.errors import ConfigError
+from metaopt.generator import Adam
+from metaopt.objectives import WeightedObjective
+from metaopt.online import OnlineAdapter
+from metaopt.policy import AdaptationPolicy, MethodConfig, RestorationConfig, SourceRestoration, build_method
+from metaopt.policy.restoration import restored
+
+from ..tiny import random_images, tiny_model, tiny_policy
+
+
+def adam(restoration: SourceRestoration | None) -> AdaptationPolicy:
+    return AdaptationPolicy(
+        "adam", rule=Adam(lr=0.01), objective=WeightedObjective({"slr": 1}), restoration=restoration
+    )
+
+
+def test_strength_follows_its_equation() -> None:
+    restoration = SourceRestoration(RestorationConfig(base=0.01, peak=0.9, threshold=5.0, width=0.5))
+    for distance in (0.2, 1.0, 5.0, 40.0):
+        share = 1 / (1 + math.exp(-math.log(distance / 5.0) / 0.5))
+        found = float(restoration(torch.tensor(distance)).detach())
+        assert found == pytest.approx(0.01 + 0.89 * share, rel=1e-5)
+        assert restoration.begins_anew(torch.tensor(distance)) == (distance > 5.0)
+
+
+@pytest.mark.parametrize("distance", [0.0, math.inf])
+def test_no_distance_makes_a_gradient_that_is_not_finite(distance: float) -> None:
+    restoration = SourceRestoration()
+    restoration(torch.tensor(distance)).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad) for p in restoration.parameters())
+
+
+def test_gradient_of_what_is_restored() -> None:
+    restoration = SourceRestoration().double()
+    source = torch.randn(5, dtype=torch.float64)
+
+    def function(theta: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        return restored({"a": theta}, {"a": source}, restoration(distance))["a"]
+
+    theta = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    distance = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (theta, distance))
+    assert torch.autograd.gradgradcheck(function, (theta, distance))
+
+
+@pytest.mark.parametrize("field", ["base", "peak"])
+def test_a_share_out_of_range_is_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"restoration.{field} is 1.5; allowed is 0 < {field} < 1"):
+        RestorationConfig(**{field: 1.5})
+
+
+def test_where_nothing_comes_back_it_is_the_method_without() -> None:
+    model = tiny_model()
+    nothing = SourceRestoration(RestorationConfig(base=1e-30, peak=1e-30, threshold=1e6))
+    with_it, without = OnlineAdapter(model, adam(nothing)), OnlineAdapter(model, adam(None))
+    for seed in range(4):
+        assert torch.equal(with_it(random_images(16, seed)), without(random_images(16, seed)))
+
+
+def test_a_shift_brings_the_source_back_and_forgets_what_the_rule_remembered() -> None:
+    model = tiny_model()
+    config = RestorationConfig(base=1e-30, peak=1 - 1e-7, threshold=8.0, width=0.05)
+    adapter, fresh = OnlineAdapter(model, adam(SourceRestoration(config))), OnlineAdapter(model, adam(None))
+    for seed in range(4):
+        adapter(random_images(32, seed))
+    assert adapter.guard.events["restored"] == 0 and adapter.updates == 4
+    darker = 0.3 * random_images(32, 9)
+    torch.testing.assert_close(adapter(darker), fresh(darker))
+    torch.testing.assert_close(adapter.parameters, fresh.parameters, rtol=1e-5, atol=1e-5)
+    assert adapter.guard.events["restored"] == 1 and adapter.updates == 5
+    adapter(0.3 * random_images(32, 10))  # the new domain is the one to compare with from here on
+    assert adapter.guard.events["restored"] == 1
+
+
+def test_a_steady_pull_bounds_how_far_parameters_go() -> None:
+    model, images = tiny_model(), random_images(32)
+    gone = {}
+    for base in (1e-30, 0.3):
+        adapter = OnlineAdapter(model, adam(SourceRestoration(RestorationConfig(base=base, threshold=1e6))))
+        for _ in range(40):
+            adapter(images)
+        source = adapter.layout.take(adapter.model)
+        gone[base] = max(float((adapter.parameters[name] - source[name]).detach().abs().max()) for name in source)
+    assert gone[0.3] < 0.04 < gone[1e-30]  # 0.01 a step over 0.3 a step of pull
+
+
+def test_save_and_load_go_on_bit_for_bit_across_a_shift(tmp_path) -> None:
+    model, policy = tiny_model(), tiny_policy(tiny_model())
+    policy.restoration = SourceRestoration()
+    stream = [random_images(16, seed) * (1.0 if seed < 3 else 0.4) for seed in range(6)]
+    whole, first, second = (OnlineAdapter(model, policy) for _ in range(3))
+    expected = [whole(images) for images in stream]
+    found = [first(images) for images in stream[:2]]
+    first.save(tmp_path / "state.pt")
+    second.load(tmp_path / "state.pt")
+    found += [second(images) for images in stream[2:]]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert second.guard.events == whole.guard.events and whole.guard.events["restored"] == 1
+
+
+def test_methods_take_the_policys_restoration_or_the_default_one() -> None:
+    policy = tiny_policy(tiny_model())
+    tent = {"update": "adam", "objective": {"entropy": 1.0}}
+    assert build_method(MethodConfig("tent", **tent)).restoration is None
+    default = build_method(MethodConfig("tent", restoration=True, **tent)).restoration
+    assert default is not None and default.config == RestorationConfig()
+    learned = MethodConfig("policy", update="generator", objective_from_policy=True, restoration=True)
+    assert build_method(learned, policy=policy).restoration is policy.restoration is None
+    policy.restoration = SourceRestoration(RestorationConfig(peak=0.5))
+    for config in (learned, MethodConfig("tent", restoration=True, **tent)):
+        assert build_method(config, policy=policy).restoration is policy.restoration
