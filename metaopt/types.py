@@ -36,7 +36,8 @@ class StepOutput:
     logits: Tensor  # (B, C)
     loss: Tensor | None = None  # scalar; None for a method without an objective
     terms: Mapping[str, Tensor] = field(default_factory=dict)  # unweighted scalar value of each part of the objective
-    distance: Tensor | None = None  # of the batch from those before it; None for a method without restoration
+    distance: Tensor | None = None  # of the batch from those before it; None for a method that does not watch it
+    updated: bool = True  # False where the update gate stayed closed
 
 
 class Objective(Protocol):

@@ -147,6 +147,7 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
         unroll=UnrollConfig(meta.gradient, meta.truncation, meta.term_steps),
         restoration=RestorationConfig() if meta.restoration else None,
         carry=meta.carry if meta.restoration else 0.0,
+        update_rate=meta.update_rate,
         rates=meta.rates,
         loss=meta.loss,
         tempered=meta.tempered,
@@ -190,6 +191,7 @@ def assemble_method(
         objective_from_policy=section.objective_from_policy,
         pruning=section.pruning,
         restoration=section.restoration,
+        update_every=section.update_every,
     )
     needed = _needs_statistics(section, policy)
     return build_method(config, policy=policy, statistics=statistics() if needed else None)

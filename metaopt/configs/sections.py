@@ -100,10 +100,14 @@ class MethodSection:
     objective_from_policy: bool = False  # with policy_path, take its objective with the learned weights
     pruning: str = "rate_distortion"  # the rule of memory=pruned
     restoration: bool = False  # bring the source back where the stream shifts
+    update_every: int | None = (
+        None  # batches of a domain from one update to the next; None: the policy's gate, else all
+    )
 
     def __post_init__(self) -> None:
         """Check the range of each value."""
         check_one_of("method.update", self.update, UPDATES)
+        check_at_least("method.update_every", self.update_every, 1)
         check_one_of("method.pruning", self.pruning, PRUNINGS)
         check_positive("method.lr", self.lr)
         check_weights("method.objective", self.objective)
@@ -158,6 +162,7 @@ class MetaSection:
     report_adam_lr: float
     restoration: bool = True
     carry: float = 0.5
+    update_rate: float | None = None
     rates: bool = False
 
     def __post_init__(self) -> None:

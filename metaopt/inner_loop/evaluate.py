@@ -1,6 +1,7 @@
 """The meta-loss of a policy as it is deployed: what held-out tasks are scored by."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,17 @@ def unrolled_loss(
     """
     with torch.no_grad():
         state = policy.init(parameters)
-    return deployed(policy, model, parameters, state, batches, meta_loss)[0]
+    return deployed(policy, model, parameters, state, batches, meta_loss).losses
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a run of deployment's steps gives; all detached."""
+
+    losses: list[Tensor]  # meta-loss at positions 1 to K, scalars
+    updates: int  # steps at which the policy updated
+    parameters: Parameters  # after the last step
+    state: PolicyState
 
 
 def deployed(
@@ -36,14 +47,16 @@ def deployed(
     state: PolicyState,
     batches: Iterable[MetaBatch],
     meta_loss: MetaLoss,
-) -> tuple[list[Tensor], Parameters, PolicyState]:
-    """As :func:`unrolled_loss`, from any state on; also where it ended."""
+) -> Deployment:
+    """As :func:`unrolled_loss`, from any state on; also what became of it."""
     parameters = detached({name: tensor.clone() for name, tensor in parameters.items()})
     apply = InPlaceApply(policy.rule) if policy.rule is not None else None
     losses: list[Tensor] = []
+    updates = 0
     for position, batch in enumerate(batches):
         with torch.set_grad_enabled(policy.updates):
             parameters, state, output = policy.step(model, parameters, state, batch.images, apply, position)
+        updates += policy.updates and output.updated
         if position > 0:
             losses.append(meta_loss(output, batch).detach())
-    return losses, parameters, state
+    return Deployment(losses, updates, parameters, state)

@@ -18,6 +18,7 @@ from metaopt.inner_loop.func import gradients_of
 from metaopt.inner_loop.rates import RateProbe, soft_choices
 from metaopt.inner_loop.unroll import MetaBatch, Unroll
 from metaopt.parameters import detached, flatten
+from metaopt.policy.gate import GateState, stepped, straight_through
 from metaopt.policy.shift import Sensed
 from metaopt.policy.state import PolicyState, detached_state
 from metaopt.sparsity.head import LearnedRates
@@ -32,6 +33,8 @@ class _Notes:
     inner: list[list[tuple[Tensor, Parameters]]] = field(default_factory=list)  # per step: (weight, gradient) pairs
     meta: list[Parameters] = field(default_factory=list)  # per position: gradient of the meta-loss
     sensed: list[Sensed | None] = field(default_factory=list)  # per position: what was told of the batch beforehand
+    logits: list[Tensor] = field(default_factory=list)  # of the latest batch
+    gates: list[GateState] = field(default_factory=list)  # per step: what the gate remembers after it
     starts: dict[int, tuple[Parameters, PolicyState]] = field(default_factory=dict)  # at each cut
 
 
@@ -66,8 +69,16 @@ class FirstOrderUnroll(Unroll):
                 scores.append(torch.dot(flatten(notes.meta[position - 1]), flat))
             if position < stop:
                 products = [weight * torch.dot(flatten(each), flat) for weight, each in notes.inner[position]]
-                parameters, rule_state = self.apply(torch.stack(products).sum(), parameters, state.rule)
-                state = replace(state, rule=rule_state)
+                moved, rule_state = self.apply(torch.stack(products).sum(), parameters, state.rule)
+                opening = self.policy.opening(state, notes.sensed[position])
+                if opening is None:
+                    parameters, state = moved, replace(state, rule=rule_state)
+                else:
+                    decision = straight_through(opening)
+                    scores.append(self.update_price * decision)
+                    parameters = {name: torch.lerp(old, moved[name], decision) for name, old in parameters.items()}
+                    state = replace(state, rule=rule_state if opening.item() > 0 else state.rule)
+                    state = replace(state, gate=notes.gates[position])
         return torch.stack(scores).sum()
 
     def _pick_steps(self) -> None:
@@ -96,8 +107,22 @@ class FirstOrderUnroll(Unroll):
             inner = self._note(leaves, position, batch, notes, here)
             if inner is not None:
                 notes.inner.append(inner)
-                parameters, state = self._update(leaves, inner, here)
+                parameters, state = self._decided(leaves, inner, here, notes)
         return detached(parameters), detached_state(state)
+
+    def _decided(
+        self, leaves: Parameters, inner: list[tuple[Tensor, Parameters]], state: PolicyState, notes: _Notes
+    ) -> tuple[Parameters, PolicyState]:
+        """The update, unless the gate is closed: then everything stays but what the gate remembers."""
+        with torch.no_grad():
+            opening = self.policy.opening(state, notes.sensed[-1])
+        if opening is None:
+            return self._update(leaves, inner, state)
+        opens = opening.item() > 0
+        self.opened.append(opens)
+        parameters, after = self._update(leaves, inner, state) if opens else (leaves, state)
+        notes.gates.append(stepped(state.gate, notes.logits[-1], opens))
+        return parameters, replace(after, gate=notes.gates[-1])
 
     def _note(
         self, leaves: Parameters, position: int, batch: MetaBatch, notes: _Notes, state: PolicyState
@@ -106,6 +131,7 @@ class FirstOrderUnroll(Unroll):
         probe = RateProbe(self.model, learning_layers(leaves)) if position == self.rate_step else None
         with torch.enable_grad(), nullcontext() if probe is None else probe.watching():
             output = self.policy.evaluate(self.model, leaves, batch.images, position)
+            notes.logits = [output.logits.detach()]
             spoiled = None if probe is None else self._spoiled(probe, output, leaves, state)
             score = self.meta_loss(output, batch) if position > 0 else None
             shared = score is not None and self.meta_loss.own_objective and position not in self.term_steps

@@ -35,6 +35,7 @@ def meta_gradient(
     config: UnrollConfig | None = None,
     generator: torch.Generator | None = None,
     rates: RateTask | None = None,
+    update_price: float = 0.0,
 ) -> MetaGradient:
     """Unroll the policy over K + 1 batches and differentiate the mean meta-loss in its learned tensors.
 
@@ -49,19 +50,27 @@ def meta_gradient(
         config: way of differentiation.
         generator: source of the steps at which each term's own gradient is taken, and that of the rates.
         rates: what is asked of learned rates; None: they do not take part.
+        update_price: what each update adds to the meta-loss whose gradient is taken, of a policy with an update gate.
 
     Raises:
-        ConfigError: fewer than two batches, or a policy that never updates.
+        ConfigError: fewer than two batches, a policy that never updates, or ``full`` with an update gate.
     """
     config = config or UnrollConfig()
     if len(batches) < 2:
         raise ConfigError(f"an unroll got {len(batches)} batches; it needs K + 1 >= 2: give at least two")
     if policy.rule is None:
         raise ConfigError(f"method {policy.method!r} never updates, so it has no meta-gradient: choose one with a rule")
+    if policy.gate is not None and config.gradient == "full":
+        raise ConfigError(
+            "meta.gradient is full and the policy has an update gate, which has no derivative there; allowed is "
+            "first_order: set meta.gradient=first_order"
+        )
     kind = FullUnroll if config.gradient == "full" else FirstOrderUnroll
-    unroll = kind(policy, model, batches, meta_loss, apply or FuncApply(policy.rule), config, rates, generator)
+    unroll = kind(
+        policy, model, batches, meta_loss, apply or FuncApply(policy.rule), config, rates, generator, update_price
+    )
     parameters, state = unroll.run(parameters, state)
-    return MetaGradient(unroll.losses, unroll.gradients, parameters, state)
+    return MetaGradient(unroll.losses, unroll.gradients, parameters, state, unroll.opened)
 
 
 class FullUnroll(Unroll):

@@ -8,7 +8,7 @@ Truncation cuts the graph every T steps: position t then only answers for the st
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -67,6 +67,7 @@ class MetaGradient:
     gradients: dict[str, Tensor]  # mean meta-loss differentiated in each learned tensor of the policy
     parameters: Parameters  # adapted parameters after the last step, detached
     state: PolicyState  # state after the last step, detached
+    opened: list[bool] = field(default_factory=list)  # per step: whether the update gate opened; empty without one
 
     @property
     def loss(self) -> Tensor:
@@ -92,6 +93,7 @@ class Unroll:
         config: UnrollConfig,
         rates: RateTask | None,
         generator: torch.Generator | None,
+        update_price: float = 0.0,
     ) -> None:
         self.policy, self.model, self.batches = policy, model, batches
         self.meta_loss, self.apply, self.config = meta_loss, apply, config
@@ -99,6 +101,7 @@ class Unroll:
         self.gradients = {name: torch.zeros_like(tensor) for name, tensor in self.learned.items()}
         self.losses: list[Tensor] = []
         self.rates, self.generator = rates, generator
+        self.update_price, self.opened = update_price, list[bool]()
 
     @property
     def steps(self) -> int:

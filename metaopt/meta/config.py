@@ -27,6 +27,7 @@ class MetaTrainConfig:
     # How the source comes back where the stream shifts, at the start; learned. None: it never does.
     restoration: RestorationConfig | None = field(default_factory=RestorationConfig)
     carry: float = 0.5  # probability that a task begins where the one before it ended
+    update_rate: float | None = None  # share of batches that the learned update gate may open at; None: no gate
     rates: bool = False  # whether rates of what is kept of each layer are learned too, for any budget
     loss: str = "clean_teacher"
     tempered: bool = True  # whether the clean teacher is compared at the best temperature
@@ -61,6 +62,16 @@ class MetaTrainConfig:
         if self.rates and self.unroll.gradient != "first_order":
             raise ConfigError(
                 f"meta.rates=true does not go with meta.gradient={self.unroll.gradient}; allowed is first_order: set "
+                "meta.gradient=first_order"
+            )
+        if self.update_rate is not None and not 0 < self.update_rate < 1:
+            raise ConfigError(
+                f"meta.update_rate is {self.update_rate}; allowed are 0 < share < 1, or null for an update on every "
+                "batch: set for example 0.5"
+            )
+        if self.update_rate is not None and self.unroll.gradient != "first_order":
+            raise ConfigError(
+                f"meta.update_rate does not go with meta.gradient={self.unroll.gradient}; allowed is first_order: set "
                 "meta.gradient=first_order"
             )
         if not 0 <= self.carry <= 1:

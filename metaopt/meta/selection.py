@@ -10,6 +10,8 @@ from metaopt.inner_loop import deployed
 from metaopt.meta.loss import CleanTeacher
 from metaopt.meta.tasks import Task, TaskSampler
 
+EXCESS = 1.0  # far more than any update brings
+
 if TYPE_CHECKING:
     from metaopt.meta.trainer import MetaTrainer
 
@@ -32,15 +34,20 @@ def held_out_tasks(trainer: "MetaTrainer", shifts: Sequence[str], count: int, st
 def selection_loss(trainer: "MetaTrainer", tasks: Sequence[Task]) -> float:
     """Mean over tasks and positions of the distance to the source model's predictions on the clean view.
 
+    An update gate that opens more often than it may costs ``EXCESS`` times the share beyond.
     A policy that is trained on tasks that go on where another ended is scored on one stream of all tasks.
     """
     score = CleanTeacher(trainer.config.tempered)
-    means, parameters, state = [], trainer.parameters, None
+    means, updates, parameters, state = [], 0, trainer.parameters, None
     for task in tasks:
         if state is None or trainer.config.carry == 0:
             parameters = trainer.parameters
             with torch.no_grad():
                 state = trainer.policy.init(parameters)
-        losses, parameters, state = deployed(trainer.policy, trainer.model, parameters, state, task, score)
-        means.append(torch.stack(losses).mean())
-    return float(torch.stack(means).mean())
+        run = deployed(trainer.policy, trainer.model, parameters, state, task, score)
+        parameters, state, updates = run.parameters, run.state, updates + run.updates
+        means.append(torch.stack(run.losses).mean())
+    loss = float(torch.stack(means).mean())
+    allowed = trainer.config.update_rate
+    rate = updates / sum(map(len, tasks))
+    return loss if allowed is None else loss + EXCESS * max(0.0, rate - allowed)

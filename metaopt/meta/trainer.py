@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from metaopt.inner_loop import build_backend, learned_tensors, meta_gradient, un
 from metaopt.measure import Monitor, curve_figure
 from metaopt.meta.carry import Carried
 from metaopt.meta.config import MetaTrainConfig
+from metaopt.meta.counters import Counters, next_price
 from metaopt.meta.loss import build_meta_loss
 from metaopt.meta.rate_tasks import RateTasks
 from metaopt.meta.selection import held_out_tasks, selection_loss
@@ -27,21 +27,6 @@ from metaopt.parameters import adapted_layout
 from metaopt.policy import AdaptationPolicy, PolicyState, SourceRecord, new_policy
 from metaopt.sparsity import RatesConfig
 from metaopt.types import Parameters
-
-
-@dataclass
-class Counters:
-    """How far meta-training has come."""
-
-    # Change at every unroll.
-    epoch: int = 0  # epochs that are complete
-    unroll: int = 0  # unrolls that are complete in the present epoch
-    updates: int = 0  # meta-updates, skipped ones included
-    skipped: int = 0  # meta-updates left out for a non-finite loss or gradient
-    # Change at every epoch.
-    best_epoch: int = 0
-    best_loss: float = math.inf
-    selection: list[float] = field(default_factory=list)  # loss on the selection tasks: at the start, after each epoch
 
 
 class MetaTrainer:
@@ -86,6 +71,7 @@ class MetaTrainer:
             learned_objective=not self.meta_loss.own_objective,
             rates=RatesConfig() if config.rates else None,
             restoration=config.restoration,
+            gate=config.update_rate is not None,
             seed=config.seed,
         ).to(images.device, next(iter(self.parameters.values())).dtype)
         assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)
@@ -222,7 +208,9 @@ class MetaTrainer:
                 config=self.config.unroll,
                 generator=self.randomness,
                 rates=rates,
+                update_price=self.counters.update_price,
             )
+            self._price_updates(result.opened)
             parameters, state = result.parameters, result.state
             losses.extend(result.losses)
             self._update(result.loss, result.gradients, steps)
@@ -238,6 +226,13 @@ class MetaTrainer:
         if self.carried is None or not goes_on:
             return self.parameters, None
         return self.carried.parameters, self.carried.state
+
+    def _price_updates(self, opened: list[bool]) -> None:
+        if self.config.update_rate is not None:
+            rate, counters = sum(opened) / len(opened), self.counters
+            counters.update_price = next_price(counters.update_price, rate, self.config.update_rate)
+            self.monitor.scalar("meta/update_rate", rate, counters.updates)
+            self.monitor.scalar("meta/update_price", counters.update_price, counters.updates)
 
     def _update(self, loss: Tensor, gradients: dict[str, Tensor], steps: int) -> None:
         """One step of the meta-optimizer, unless the loss or a gradient is not finite."""

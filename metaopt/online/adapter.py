@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from metaopt.errors import CheckpointError
 from metaopt.files import atomic_save, safe_load
 from metaopt.inner_loop import InPlaceApply
 from metaopt.models import SourceModel
-from metaopt.online.guard import NONFINITE, RESTORED, FiniteGuard
+from metaopt.online.guard import NONFINITE, RESTORED, SKIPPED, FiniteGuard
 from metaopt.parameters import adapted_layout
 from metaopt.policy import AdaptationPolicy, PolicyState, check_source
 from metaopt.policy.state import copied_state, state_from_list, state_to_list
@@ -68,7 +69,7 @@ class OnlineAdapter:
         """Updates applied since creation or the last reset."""
         if not self.policy.updates:
             return 0
-        return self.steps - self.guard.events[NONFINITE]
+        return self.steps - self.guard.events[NONFINITE] - self.guard.events[SKIPPED]
 
     def reset(self) -> None:
         """Back to the source: parameters, moments, memory and counters are as in a new adapter."""
@@ -78,7 +79,8 @@ class OnlineAdapter:
             self.state = copied_state(self.policy.init(self.parameters))
         self.steps = 0
         self.guard.events.clear()
-        self.guard.events.update({NONFINITE: 0} if self.policy.restoration is None else {NONFINITE: 0, RESTORED: 0})
+        possible = {NONFINITE: True, RESTORED: self.policy.restoration, SKIPPED: self.policy.gate}
+        self.guard.events.update({name: 0 for name, part in possible.items() if part is not None})
 
     def __call__(self, images: Tensor) -> Tensor:
         """Predict, then adapt (inside ``frozen()``: predict only).
@@ -109,12 +111,14 @@ class OnlineAdapter:
                 )
         if not self._frozen:
             self.steps += 1
-            self._count_restoration(output)
+            self._count(output)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
-        return StepOutput(output.logits.detach(), loss, terms, output.distance)
+        return replace(output, logits=output.logits.detach(), loss=loss, terms=terms)
 
-    def _count_restoration(self, output: StepOutput) -> None:
+    def _count(self, output: StepOutput) -> None:
+        if self.policy.gate is not None and not output.updated:
+            self.guard.events[SKIPPED] += 1
         restoration = self.policy.restoration
         if restoration is not None and output.distance is not None and restoration.begins_anew(output.distance):
             self.guard.events[RESTORED] += 1

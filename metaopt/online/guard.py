@@ -9,6 +9,7 @@ from metaopt.parameters import flatten
 from metaopt.types import Parameters
 
 NONFINITE = "nonfinite"
+SKIPPED = "skipped"  # no refusal: the update gate stayed closed
 RESTORED = "restored"  # no refusal: the stream shifted and the source came back
 
 

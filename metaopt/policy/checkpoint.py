@@ -14,6 +14,7 @@ from metaopt.generator import GeneratorConfig, GradientGenerator
 from metaopt.models import ModelSpec, SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.parameters import ParameterLayout, adapted_layout
+from metaopt.policy.gate import LearnedGate
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
 from metaopt.sparsity import LearnedRates, RatesConfig
@@ -53,6 +54,7 @@ def policy_to_dict(policy: AdaptationPolicy) -> dict[str, Any]:
     return {
         **learned_rates,
         **restoration,
+        **({"gate": {}} if isinstance(policy.gate, LearnedGate) else {}),
         "format": FORMAT,
         "version": VERSION,
         "method": policy.method,
@@ -107,6 +109,7 @@ def _build(values: Mapping[str, Any]) -> AdaptationPolicy:
         else SourceStatistics(tuple(statistics["mean"]), tuple(statistics["std"])),
         pruning=LearnedRates(RatesConfig(**values["rates"])) if "rates" in values else None,
         restoration=SourceRestoration(RestorationConfig(**values["restoration"])) if "restoration" in values else None,
+        gate=LearnedGate(**values["gate"]) if "gate" in values else None,
     )
     dtypes = {tensor.dtype for tensor in values["weights"].values()}
     if len(dtypes) == 1:

@@ -9,6 +9,7 @@ import torch
 from metaopt.errors import ConfigError
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
 from metaopt.objectives import WeightedObjective
+from metaopt.policy.gate import Gate, LearnedGate, PeriodicGate
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
 from metaopt.sparsity import PRUNING_RULES, LearnedRates, PruningRule, RatesConfig, build_rule
@@ -25,6 +26,8 @@ class MethodConfig:
     ``objective`` empty means the policy's own, with its learned weights. ``pruning`` is the rule that chooses what is
     kept of each layer's activations where memory is pruned. ``restoration`` brings the source back where the stream
     shifts: as the policy learned to, and without one that did, as ``RestorationConfig`` begins.
+    ``update_every`` is the number of a domain's batches from one update to the next; None: the policy's gate decides
+    where it has learned one, else every batch updates.
     """
 
     name: str
@@ -35,6 +38,7 @@ class MethodConfig:
     objective_from_policy: bool = False
     pruning: str = "rate_distortion"
     restoration: bool = False
+    update_every: int | None = None
 
     def __post_init__(self) -> None:
         """Check the update rule and the rate."""
@@ -75,6 +79,7 @@ def build_method(
         statistics=statistics,
         pruning=_pruning(config, policy),
         restoration=_restoration(config, policy),
+        gate=_gate(config, policy),
     )
     if policy is not None:
         method.source, method.training = policy.source, policy.training
@@ -129,6 +134,12 @@ def _restoration(config: MethodConfig, policy: AdaptationPolicy | None) -> Sourc
     return policy.restoration if policy is not None and policy.restoration is not None else SourceRestoration()
 
 
+def _gate(config: MethodConfig, policy: AdaptationPolicy | None) -> Gate | None:
+    if config.update_every is not None:
+        return PeriodicGate(config.update_every)
+    return policy.gate if policy is not None and config.update == "generator" else None
+
+
 def new_policy(
     generator: GeneratorConfig,
     objective: Mapping[str, float],
@@ -138,11 +149,12 @@ def new_policy(
     statistics: SourceStatistics | None = None,
     rates: RatesConfig | None = None,
     restoration: RestorationConfig | None = None,
+    gate: bool = False,
     seed: int = 0,
 ) -> AdaptationPolicy:
     """A policy before meta-training: a fresh generator, drawn from ``seed``, and the objective's first weights.
 
-    ``rates``: also fresh learned rates; ``restoration``: also one that starts there.
+    ``rates``: also fresh learned rates; ``restoration``: also one that starts there; ``gate``: also an update gate.
 
     Terms of weight 0 are left out.
     """
@@ -158,4 +170,5 @@ def new_policy(
         statistics=statistics,
         pruning=pruning,
         restoration=None if restoration is None else SourceRestoration(restoration),
+        gate=LearnedGate() if gate else None,
     )

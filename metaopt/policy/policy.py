@@ -18,11 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaopt.data.seeding import generator_for
 from metaopt.objectives import WeightedObjective, augmented_view
+from metaopt.parameters import detached
+from metaopt.policy.gate import Gate, init_gate, stepped
 from metaopt.policy.restoration import SourceRestoration, restored
 from metaopt.policy.shift import Sensed, distance, image_statistics, init_reference, merged
 from metaopt.policy.state import PolicyState
@@ -46,6 +49,7 @@ class AdaptationPolicy(nn.Module):
         seed: of the augmented views, where the objective compares two; with a step's number it tells its view.
         pruning: chooses what is kept of each layer's activations, where a step is told to keep less than all.
         restoration: how much of the source comes back before each batch; None: nothing ever does.
+        gate: whether a batch is worth an update; None: every one is.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class AdaptationPolicy(nn.Module):
         seed: int = 0,
         pruning: PruningRule | None = None,
         restoration: SourceRestoration | None = None,
+        gate: Gate | None = None,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
@@ -71,6 +76,7 @@ class AdaptationPolicy(nn.Module):
         self.seed = seed
         self.pruning = pruning
         self.restoration = restoration
+        self.gate = gate
         self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
         self.training: dict[str, Any] = {}  # how it was meta-trained: primitives, for reports
 
@@ -78,6 +84,11 @@ class AdaptationPolicy(nn.Module):
     def updates(self) -> bool:
         """Whether the method changes parameters at all."""
         return self.rule is not None
+
+    @property
+    def watches(self) -> bool:
+        """Whether the distance of each batch from those before it is measured."""
+        return self.restoration is not None or self.gate is not None
 
     @property
     def known_shifts(self) -> frozenset[str]:
@@ -89,14 +100,15 @@ class AdaptationPolicy(nn.Module):
         """State before the first batch."""
         first = next(iter(parameters.values()))
         return PolicyState(
-            shift=None if self.restoration is None else init_reference(first.shape[-1], first.detach()),
+            gate=None if self.gate is None else init_gate(first.detach()),
+            shift=init_reference(first.shape[-1], first.detach()) if self.watches else None,
             rule=None if self.rule is None else self.rule.init(parameters),
             pruning=None if self.pruning is None else self.pruning.init(parameters),
         )
 
     def sense(self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor) -> Sensed | None:
-        """How far a batch lies from those before it; None for a method without restoration."""
-        if self.restoration is None:
+        """How far a batch lies from those before it; None for a method that does not watch it."""
+        if not self.watches:
             return None
         layer = next(iter(parameters)).rpartition(".")[0]
         statistics = image_statistics(model, layer, images)
@@ -113,14 +125,24 @@ class AdaptationPolicy(nn.Module):
             state: state before this batch.
             sensed: what :meth:`sense` told of the batch.
         """
-        if self.restoration is None or sensed is None:
+        if sensed is None:
             return parameters, state
-        strength = self.restoration(sensed.distance)
-        source = {name: model.get_parameter(name).detach() for name in parameters}
-        parameters = restored(parameters, source, strength)
-        if self.restoration.begins_anew(sensed.distance):
-            state = self.init(parameters)
+        if self.restoration is not None:
+            source = {name: model.get_parameter(name).detach() for name in parameters}
+            parameters = restored(parameters, source, self.restoration(sensed.distance))
+            if self.restoration.begins_anew(sensed.distance):
+                state = self.init(parameters)
         return parameters, replace(state, shift=merged(state.shift, sensed.statistics))
+
+    def opening(self, state: PolicyState, sensed: Sensed | None) -> Tensor | None:
+        """z of the update gate, above 0 where a batch is worth an update; None for a method without one."""
+        return None if self.gate is None or sensed is None else self.gate(state.gate, sensed.distance)
+
+    def predict(self, model: nn.Module, parameters: Parameters, images: Tensor) -> StepOutput:
+        """Predict alone: one forward pass without a graph or a loss; arguments as of :meth:`evaluate`."""
+        with torch.no_grad():
+            output = functional_call(model, parameters, (images,), {"batch_statistics": self.batch_statistics})
+        return StepOutput(output.logits, updated=False)
 
     def evaluate(self, model: nn.Module, parameters: Parameters, images: Tensor, step: int = 0) -> StepOutput:
         """Predict and weigh the loss, without an update.
@@ -182,10 +204,31 @@ class AdaptationPolicy(nn.Module):
             return parameters, state, self.evaluate(model, parameters, images, step)
         sensed = self.sense(model, parameters, state, images)
         parameters, state = self.restore(model, parameters, state, sensed)
+        with torch.no_grad():
+            opening = self.opening(state, sensed)
+        if opening is not None and opening.item() <= 0:
+            parameters = detached(parameters)
+            output = self.predict(model, parameters, images)
+        else:
+            parameters, state, output = self._update(model, parameters, state, images, apply, step, memory)
+        if self.gate is not None:
+            state = replace(state, gate=stepped(state.gate, output.logits, output.updated))
+        return parameters, state, replace(output, distance=None if sensed is None else sensed.distance)
+
+    def _update(
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        state: PolicyState,
+        images: Tensor,
+        apply: ApplyUpdate,
+        step: int,
+        memory: ActivationMemory | None,
+    ) -> tuple[Parameters, PolicyState, StepOutput]:
+        """Predict and update; arguments as of :meth:`step`."""
         if memory is None:
             output = self.evaluate(model, parameters, images, step)
             parameters, rule_state = apply(_loss(output), parameters, state.rule)
-            output = replace(output, distance=None if sensed is None else sensed.distance)
             return parameters, replace(state, rule=rule_state), output
 
         def loss_of(some: Tensor) -> Tensor:
@@ -197,7 +240,7 @@ class AdaptationPolicy(nn.Module):
         refused = rule_state is state.rule and rule_state is not None
         if not refused:  # else nothing is to be learned from the batch
             state = replace(state, rule=rule_state, pruning=kept.state)
-        return parameters, state, replace(output, distance=None if sensed is None else sensed.distance)
+        return parameters, state, output
 
     def to(self, *args: Any, **kwargs: Any) -> "AdaptationPolicy":
         """Move the learned tensors and the source statistics."""

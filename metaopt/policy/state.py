@@ -16,7 +16,8 @@ class PolicyState:
     rule: Any = None  # the update rule's own state: a tree of tensors, or None for a method without updates
     pruning: Any = None  # the pruning rule's: what earlier gradients told of the layers; None without such a rule
     # Changes at every batch.
-    shift: Any = None  # the images since the last restoration, as a ShiftReference; None for a method without one
+    gate: Any = None  # what the update gate remembers, as a GateState; None for a method without one
+    shift: Any = None  # the images since the last restoration, as a ShiftReference; None where nobody watches
 
     @property
     def tree(self) -> tuple[Any, ...]:

@@ -140,7 +140,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 def take(
     policy: AdaptationPolicy, model: SourceModel, batches: list[MetaBatch], loss: str = "teacher", **settings: Any
 ) -> MetaGradient:
-    backend = settings.pop("backend", "func")
+    backend, price = settings.pop("backend", "func"), settings.pop("update_price", 0.0)
     assert policy.rule is not None
     return meta_gradient(
         policy,
@@ -152,6 +152,7 @@ def take(
         apply=build_backend(backend, policy.rule),
         config=UnrollConfig(**settings),
         generator=torch.Generator().manual_seed(0),
+        update_price=price,
     )
 
 

@@ -15,11 +15,14 @@ from metaopt.online import OnlineAdapter
 from metaopt.policy import (
     AdaptationPolicy,
     MethodConfig,
+    RestorationConfig,
+    SourceRestoration,
     build_method,
     check_source,
     policy_from_dict,
     policy_to_dict,
 )
+from metaopt.policy.gate import LearnedGate
 
 from ..tiny import random_images, tiny_model, tiny_net, tiny_policy
 
@@ -217,3 +220,22 @@ def test_saving_does_not_touch_the_policy() -> None:
     values = policy_to_dict(policy)
     values["weights"]["rule.log_step_sizes"].fill_(7.0)
     assert not bool((policy.state_dict()["rule.log_step_sizes"] == 7.0).any())
+
+
+def test_restoration_and_gate_come_back(tmp_path: Path) -> None:
+    policy = tiny_policy(tiny_model())
+    policy.restoration, policy.gate = SourceRestoration(RestorationConfig(peak=0.6)), LearnedGate()
+    with torch.no_grad():
+        policy.restoration.log_width.add_(0.2)
+        policy.gate.bias.add_(0.3)
+    policy.save(tmp_path / "ckpt.pt")
+    loaded = AdaptationPolicy.load(tmp_path / "ckpt.pt")
+    assert loaded.restoration is not None and loaded.restoration.config == RestorationConfig(peak=0.6)
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    values = policy_to_dict(policy)
+    for key in ("restoration", "gate"):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            policy_from_dict({name: value for name, value in values.items() if name != key})
+        with pytest.raises(CheckpointError, match="is damaged"):
+            policy_from_dict({**values, key: 3.5})

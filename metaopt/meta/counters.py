@@ -1,0 +1,33 @@
+"""What meta-training counts, and the price of an update that it adjusts as it goes."""
+
+import math
+from dataclasses import dataclass, field
+
+PRICE_RATE = 0.002  # change of the price for a share of updates that is wrong by 1
+
+
+@dataclass
+class Counters:
+    """How far meta-training has come."""
+
+    # Change at every unroll.
+    epoch: int = 0  # epochs that are complete
+    unroll: int = 0  # unrolls that are complete in the present epoch
+    updates: int = 0  # meta-updates, skipped ones included
+    skipped: int = 0  # meta-updates left out for a non-finite loss or gradient
+    update_price: float = 0.0  # what an update costs in the meta-loss, raised until the gate opens as rarely as asked
+    # Change at every epoch.
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    selection: list[float] = field(default_factory=list)  # loss on the selection tasks: at the start, after each epoch
+
+
+def next_price(price: float, rate: float, allowed: float) -> float:
+    """Dual ascent: an update grows dearer while the gate opens more often than it may, and cheaper while less.
+
+    Args:
+        price: of an update so far, in units of the meta-loss; never below 0.
+        rate: share of the latest batches that were updated on.
+        allowed: the share that is asked for.
+    """
+    return max(0.0, price + PRICE_RATE * (rate - allowed))

@@ -1,0 +1,133 @@
+"""The update gate: its equation, what a closed one leaves alone, and what it saves."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from metaopt.errors import ConfigError
+from metaopt.measure import MemoryMeter
+from metaopt.online import OnlineAdapter
+from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRestoration, build_method
+from metaopt.policy.gate import GateState, LearnedGate, PeriodicGate, straight_through
+
+from ..tiny import random_images, tiny_model, tiny_policy
+
+TENT = MethodConfig("tent", update="adam", lr=0.01, objective={"entropy": 1.0})
+
+
+def gated(bias: float) -> AdaptationPolicy:
+    policy = tiny_policy(tiny_model())
+    policy.gate = LearnedGate()
+    with torch.no_grad():
+        policy.gate.weights.zero_()
+        policy.gate.bias.fill_(bias)
+    return policy
+
+
+def state(age: float, rest: float, entropy: float) -> GateState:
+    return GateState(*(torch.tensor(value) for value in (age, rest, entropy)))
+
+
+def test_weighs_its_signals_as_the_equation_says() -> None:
+    gate = LearnedGate()
+    gate.weights.data = torch.tensor([0.3, -0.7, 0.2, 1.5])
+    gate.bias.data.fill_(-0.4)
+    found = gate(state(3.0, 1.0, 0.6), torch.tensor(7.0)).item()
+    expected = 0.3 * math.log(7) - 0.7 * math.log(4) + 0.2 * math.log(2) + 1.5 * 0.6 - 0.4
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("z", [-1.5, 0.7])
+def test_straight_through_is_hard_with_the_slope_of_the_sigmoid(z: float) -> None:
+    logit = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    decision = straight_through(logit)
+    (slope,) = torch.autograd.grad(decision, logit)
+    share = 1 / (1 + math.exp(-z))
+    assert decision.item() == float(z > 0) and slope.item() == pytest.approx(share * (1 - share), rel=1e-9)
+
+
+def test_an_open_gate_is_the_policy_without_one() -> None:
+    model, plain = tiny_model(), tiny_policy(tiny_model())
+    with_gate, without = OnlineAdapter(model, gated(9.0)), OnlineAdapter(model, plain)
+    for seed in range(4):
+        assert torch.equal(with_gate(random_images(16, seed)), without(random_images(16, seed)))
+
+
+def test_a_closed_gate_predicts_alone_holds_nothing_and_changes_nothing() -> None:
+    adapter = OnlineAdapter(tiny_model(), gated(-9.0))
+    frozen = OnlineAdapter(tiny_model(), tiny_policy(tiny_model()))
+    images = random_images(16)
+    with MemoryMeter([*adapter.parameters.values(), images], model=adapter.model) as meter:
+        found = adapter.step(images)
+    with frozen.frozen():
+        torch.testing.assert_close(found.logits, frozen(images), rtol=0, atol=0)
+    assert meter.peak_mib == 0.0 and found.loss is None and not found.updated
+    assert adapter.updates == 0 and adapter.guard.events["skipped"] == 1
+    for name, tensor in adapter.layout.take(adapter.model).items():
+        assert torch.equal(adapter.parameters[name], tensor)
+    assert not any(moment.any() for moment in adapter.state.rule.moments if isinstance(moment, Tensor))
+
+
+def test_closed_steps_do_not_chain_their_graphs() -> None:
+    policy = gated(-9.0)
+    policy.restoration = SourceRestoration()
+    adapter = OnlineAdapter(tiny_model(), policy)
+    for seed in range(3):
+        adapter(random_images(16, seed))
+    assert all(tensor.is_leaf for tensor in adapter.parameters.values())
+
+
+def test_it_remembers_age_rest_and_entropy() -> None:
+    policy = gated(0.0)
+    assert isinstance(policy.gate, LearnedGate)
+    policy.gate.weights.data = torch.tensor([0.0, -10.0, 0.0, 0.0])  # open at the first batch of a domain alone
+    policy.gate.bias.data.fill_(1.0)
+    adapter = OnlineAdapter(tiny_model(), policy)
+    outputs = [adapter.step(random_images(16, seed)) for seed in range(3)]
+    assert [output.updated for output in outputs] == [True, False, False]
+    age, rest, entropy = (value.item() for value in adapter.state.gate)
+    probabilities = outputs[-1].logits.softmax(dim=1)
+    expected = -(probabilities * probabilities.log()).sum(dim=1).mean().item() / math.log(probabilities.shape[1])
+    assert (age, rest) == (3.0, 2.0) and entropy == pytest.approx(expected, rel=1e-5)
+    assert adapter.updates == 1
+
+
+def test_a_periodic_gate_updates_on_every_nth_batch_from_the_first() -> None:
+    adapter = OnlineAdapter(tiny_model(), build_method(replace(TENT, update_every=3)))
+    found = [adapter.step(random_images(16, seed)).updated for seed in range(7)]
+    assert found == [True, False, False, True, False, False, True]
+
+
+def test_a_periodic_gate_of_one_is_the_method_without() -> None:
+    model = tiny_model()
+    every, plain = (OnlineAdapter(model, build_method(config)) for config in (replace(TENT, update_every=1), TENT))
+    for seed in range(3):
+        assert torch.equal(every(random_images(16, seed)), plain(random_images(16, seed)))
+
+
+def test_a_period_replaces_the_learned_gate_and_only_the_policy_has_that() -> None:
+    policy = gated(0.0)
+    config = MethodConfig("policy", update="generator", objective_from_policy=True)
+    assert build_method(config, policy=policy).gate is policy.gate
+    assert build_method(TENT, policy=policy).gate is None
+    assert isinstance(build_method(replace(config, update_every=2), policy=policy).gate, PeriodicGate)
+    with pytest.raises(ConfigError, match=r"method.update_every is 0; it must be at least 1"):
+        build_method(replace(config, update_every=0), policy=policy)
+
+
+def test_save_and_load_go_on_bit_for_bit(tmp_path) -> None:
+    policy = gated(0.5)
+    assert isinstance(policy.gate, LearnedGate)
+    policy.gate.weights.data = torch.tensor([0.0, 0.0, 1.0, -1.0])
+    whole, first, second = (OnlineAdapter(tiny_model(), policy) for _ in range(3))
+    stream = [random_images(16, seed) for seed in range(6)]
+    expected = [whole(images) for images in stream]
+    found = [first(images) for images in stream[:3]]
+    first.save(tmp_path / "state.pt")
+    second.load(tmp_path / "state.pt")
+    found += [second(images) for images in stream[3:]]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert second.guard.events == whole.guard.events
