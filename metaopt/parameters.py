@@ -1,4 +1,4 @@
-"""Which tensors adapt: the affine weight and bias of every normalisation layer.
+"""Which tensors adapt: the affine weight and bias of every normalisation layer, or all that a model has.
 
 The adapted tensors are kept as a dictionary from their name in the model to the tensor, in the model's own order, ready
 for ``torch.func.functional_call``. Rules that treat all adapted scalars alike flatten that dictionary once per step.
@@ -132,6 +132,32 @@ def adapted_layout(model: nn.Module) -> ParameterLayout:
             "are models with BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm or RMSNorm: use one of those"
         )
     return ParameterLayout(tuple(tensors))
+
+
+def full_layout(model: nn.Module) -> ParameterLayout:
+    """Every parameter of a model; kinds are those of :func:`adapted_layout`, elsewhere the module's class and the role.
+
+    Args:
+        model: any module; tensors shared between layers are listed once, at their first name.
+
+    Raises:
+        ModelError: the model has frozen batch normalisation.
+    """
+    named = list(model.named_parameters())
+    tensors: list[AdaptedTensor] = []
+    for position, (name, tensor) in enumerate(named):
+        owner, _, role = name.rpartition(".")
+        module = model.get_submodule(owner)
+        kind = norm_kind(module) or type(module).__name__
+        depth = position / max(1, len(named) - 1)
+        tensors.append(AdaptedTensor(name, f"{kind}.{role}", depth, tuple(tensor.shape)))
+    return ParameterLayout(tuple(tensors))
+
+
+def own_values(model: nn.Module, parameters: Parameters) -> Parameters:
+    """The model's own values of the adapted tensors, which adaptation never changes, detached."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return {name: own[name].detach() for name in parameters}
 
 
 def flatten(parameters: Parameters) -> Tensor:

@@ -19,6 +19,7 @@ class ForwardOutput(NamedTuple):
     logits: Tensor  # (B, C)
     features: tuple[Tensor, ...] = ()  # one (B, D_l) per block; empty where nobody asked for them
     view_logits: Tensor | None = None  # (B, C), of an augmented view of the same images; None where nobody asked
+    teacher_logits: Tensor | None = None  # (B, C), of a teacher on the same images; None where nobody asked
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Objective(Protocol):
 
     needs_features: bool
     needs_view: bool
+    needs_teacher: bool
 
     def terms(self, output: ForwardOutput, statistics: SourceStatistics | None) -> dict[str, Tensor]:
         """Scalar value of each term on this batch, unweighted."""

@@ -173,7 +173,7 @@ def test_settings_are_not_added_or_removed(argument: str) -> None:
         ("memory=sparse", "allowed are dense"),
         ("data=digit", "did you mean data=digits?"),
         ("method=tents", "did you mean method=tent?"),
-        ("method=bn,tent", "allowed are adam, bn, mgtta, policy, source, surgeon, tent"),
+        ("method=bn,tent", "allowed are adam, bn, cotta, mgtta, moase, policy, source, surgeon, tent"),
         ("model=", "allowed are cifar_resnet20"),
         ("model=timm", "model.name is not set"),
         ("data.root=x", "choose it: add data=cifar_c"),

@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torchvision.ops import FrozenBatchNorm2d
 
 from metaopt.errors import ModelError
-from metaopt.parameters import ParameterLayout, adapted_layout, detached, flatten, norm_kind, unflatten
+from metaopt.parameters import ParameterLayout, adapted_layout, detached, flatten, full_layout, norm_kind, unflatten
 
 
 @pytest.mark.parametrize(
@@ -161,3 +161,14 @@ def test_detached_tensors_are_leaves() -> None:
     source = torch.ones(2, requires_grad=True)
     cut = detached({"a": 2 * source})["a"]
     assert cut.is_leaf and cut.requires_grad and cut.tolist() == [2.0, 2.0]
+
+
+def test_the_full_layout_is_every_parameter_once() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4, bias=False))
+    net.append(net[1])  # used twice
+    layout = full_layout(net)
+    assert layout.names == ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight")
+    kinds = ["Conv2d.weight", "Conv2d.bias", "batch_norm.weight", "batch_norm.bias", "Linear.weight"]
+    assert [tensor.kind for tensor in layout.tensors] == kinds
+    assert [tensor.depth for tensor in layout.tensors] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert layout.numel == sum(tensor.numel() for tensor in net.parameters())

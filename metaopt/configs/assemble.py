@@ -17,7 +17,7 @@ from metaopt.meta import MetaTrainConfig, TaskConfig
 from metaopt.models import SourceModel, load_source_model
 from metaopt.objectives import source_statistics
 from metaopt.objectives.registry import get_term
-from metaopt.policy import AdaptationPolicy, MethodConfig, RestorationConfig, build_method
+from metaopt.policy import AdaptationPolicy, RestorationConfig, build_method
 from metaopt.source_training import train_digits_source
 from metaopt.types import SourceStatistics
 
@@ -182,19 +182,8 @@ def assemble_method(
     Raises:
         ConfigError: the parts do not go together.
     """
-    config = MethodConfig(
-        section.name,
-        batch_statistics=section.batch_statistics,
-        update=section.update,
-        lr=section.lr,
-        objective=section.objective,
-        objective_from_policy=section.objective_from_policy,
-        pruning=section.pruning,
-        restoration=section.restoration,
-        update_every=section.update_every,
-    )
     needed = _needs_statistics(section, policy)
-    return build_method(config, policy=policy, statistics=statistics() if needed else None)
+    return build_method(section.config(), policy=policy, statistics=statistics() if needed else None)
 
 
 def _needs_statistics(section: MethodSection, policy: AdaptationPolicy | None) -> bool:

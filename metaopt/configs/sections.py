@@ -5,9 +5,12 @@ Values that belong to one part alone (a generator's clamp, a corruption's name) 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from metaopt.errors import ConfigError
+from metaopt.experts import ExpertsConfig, TeacherConfig
+from metaopt.policy import MethodConfig
 
 UPDATES = ("none", "adam", "sgd", "generator")
 PARTS = ("stream", "source")
@@ -100,9 +103,12 @@ class MethodSection:
     objective_from_policy: bool = False  # with policy_path, take its objective with the learned weights
     pruning: str = "rate_distortion"  # the rule of memory=pruned
     restoration: bool = False  # bring the source back where the stream shifts
-    update_every: int | None = (
-        None  # batches of a domain from one update to the next; None: the policy's gate, else all
-    )
+    update_every: int | None = None  # a domain's batches from one update to the next; None: the policy's gate, else 1
+    betas: list[float] | None = None  # of Adam; None: its default
+    adapts: str = "norm"  # which tensors change
+    experts: dict[str, Any] | None = None  # settings of metaopt.experts.ExpertsConfig; None: no experts
+    teacher: dict[str, Any] | None = None  # settings of metaopt.experts.TeacherConfig; None: no teacher
+    predict_with: str = "student"
 
     def __post_init__(self) -> None:
         """Check the range of each value."""
@@ -111,6 +117,23 @@ class MethodSection:
         check_one_of("method.pruning", self.pruning, PRUNINGS)
         check_positive("method.lr", self.lr)
         check_weights("method.objective", self.objective)
+        self.config()
+
+    def config(self) -> MethodConfig:
+        """The method in the library's own terms, which check what belongs to one part alone.
+
+        Raises:
+            ConfigError: a value is out of range, or does not go with another.
+        """
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return MethodConfig(
+            **values
+            | {
+                "betas": None if self.betas is None else tuple(self.betas),
+                "experts": None if self.experts is None else ExpertsConfig.from_dict(self.experts),
+                "teacher": None if self.teacher is None else TeacherConfig.from_dict(self.teacher),
+            }
+        )
 
     @property
     def needs_policy(self) -> bool:

@@ -5,6 +5,7 @@ from metaopt.experts.adapter import attach_experts as attach_experts
 from metaopt.experts.adapter import detach_experts as detach_experts
 from metaopt.experts.adapter import expert_layout as expert_layout
 from metaopt.experts.adapter import get_experts as get_experts
+from metaopt.experts.adapter import with_experts as with_experts
 from metaopt.experts.config import ExpertsConfig as ExpertsConfig
 from metaopt.experts.cost import ExpertCosts as ExpertCosts
 from metaopt.experts.cost import expert_costs as expert_costs
@@ -22,7 +23,6 @@ from metaopt.experts.teacher import init_teacher as init_teacher
 from metaopt.experts.teacher import proximal_loss as proximal_loss
 from metaopt.experts.teacher import restore as restore
 from metaopt.experts.teacher import select_anchor as select_anchor
-from metaopt.experts.teacher import teacher_cross_entropy as teacher_cross_entropy
 from metaopt.experts.teacher import teacher_logits as teacher_logits
 from metaopt.experts.teacher import update_teacher as update_teacher
 from metaopt.experts.usage import ExpertUsage as ExpertUsage

@@ -7,6 +7,7 @@ the network. So the network's ``state_dict`` and ``weights_sha256`` do not know 
 that refers to the container, no closure: deep copies and pickles of the source model carry their own.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -154,6 +155,23 @@ def attach_experts(
         experts.handles.append(model.module.get_submodule(site.name).register_forward_hook(hook))
     model.add_module(NAME, experts.eval())
     return experts
+
+
+def with_experts(model: SourceModel, config: ExpertsConfig, *, seed: int = 0) -> SourceModel:
+    """Another model with experts, which shares every tensor of the network with ``model``; that one stays as it is.
+
+    Args:
+        model: source model.
+        config: of every mixture.
+        seed: of the experts' and gates' first values.
+
+    Raises:
+        ModelError: as of `attach_experts`.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    beside = copy.deepcopy(model, shared)
+    attach_experts(beside, config, seed=seed)
+    return beside
 
 
 def detach_experts(model: SourceModel) -> Experts:

@@ -1,8 +1,8 @@
 """Settings of the experts, with every choice in which MoASE's paper and its released code differ."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_origin, get_type_hints
 
 from metaopt.errors import ConfigError
 
@@ -103,7 +103,7 @@ class ExpertsConfig:
     def _check_shares(self) -> None:
         most = 1 - (self.asg_range if self.asg else 0)
         for base in self.bases:
-            if not 0 < base <= most + 1e-9:
+            if not (isinstance(base, int | float) and 0 < base <= most + 1e-9):
                 raise ConfigError(
                     f"experts.bases has {base}; allowed are shares in (0, {most:g}], for ASG may add asg_range: set "
                     "for example (0.25, 0.5)"
@@ -137,13 +137,27 @@ class ExpertsConfig:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ConfigError: an unknown key, or a value out of range.
+            ConfigError: an unknown key, or a value of another type or out of range.
         """
-        known = {field.name for field in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"experts.{name} is unknown; allowed are {', '.join(sorted(known))}: remove it")
-        return cls(**{**values, "bases": tuple(values.get("bases", ()))})
+        return cls(**checked_fields(cls, "experts", {**values, "bases": tuple(values.get("bases", ()))}))
+
+
+def checked_fields(kind: type, group: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values for a dataclass's fields, as they are, but none of them unknown or of another type.
+
+    Raises:
+        ConfigError: one is.
+    """
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(f"{group}.{name} is unknown; allowed are {', '.join(sorted(hints))}: remove it")
+        hint = get_origin(hints[name]) or hints[name]
+        allowed = {float: float | int, tuple: tuple}.get(hint, hints[name])
+        if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+            shown = getattr(hints[name], "__name__", hints[name])
+            raise ConfigError(f"{group}.{name} is {value!r}; allowed are values of type {shown}: set one of those")
+    return values
 
 
 def _check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:

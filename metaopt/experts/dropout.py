@@ -33,7 +33,8 @@ def kept_count(size: int, share: Tensor | float) -> Tensor | int:
     """K, how many of ``size`` activations a share keeps, from 1 to ``size``; a tensor of int64 for one of shares."""
     if not isinstance(share, Tensor):
         return min(size, max(1, math.floor(size * share + _WHOLE)))
-    return (size * share.detach() + _WHOLE).floor().clamp(1, size).long()
+    # A share of NaN, from images that hold one, counts as the least: the activations are NaN themselves and stay so.
+    return (size * share.detach() + _WHOLE).nan_to_num(nan=1.0).floor().clamp(1, size).long()
 
 
 def hard_mask(scores: Tensor, count: Tensor | int) -> Tensor:
@@ -69,7 +70,7 @@ def soft_mask(scores: Tensor, share: Tensor | float, temperature: float) -> Tens
     ordered = torch.sort(scores, dim=-1, descending=True, stable=True).values
     ordered = torch.cat([ordered, ordered[..., -1:] - _OPEN_END * temperature], dim=-1)
     position = (size * share - 0.5).clamp(0.5, size - 0.5).expand(scores.shape[:-1]).unsqueeze(-1)
-    below = position.detach().floor().long()
+    below = position.detach().nan_to_num(nan=0.5).floor().long()
     threshold = torch.lerp(ordered.gather(-1, below), ordered.gather(-1, below + 1), position - below)
     return torch.sigmoid((scores - threshold) / temperature)
 

@@ -13,7 +13,6 @@ through ``torch.func.functional_call``: there is no second copy of a frozen netw
 model's own tensors, which adaptation never changes, so they need no copy either.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from torch.func import functional_call
 from metaopt.data import generator_for
 from metaopt.errors import ConfigError
 from metaopt.experts.adapter import split_experts
+from metaopt.experts.config import checked_fields
 from metaopt.types import Parameters
 
 ANCHORS = ("teacher", "initial")
@@ -42,7 +42,11 @@ class TeacherConfig:
         group: what one distance is taken over: each "tensor" of each expert (released), or all of an "expert" (paper).
         anchor: where the distances start: the running "teacher" (released) or the "initial" values. At the first batch
             both are the same.
-        seed: of the restores.
+        views: augmented views of a batch that the teacher's logits are the mean of (CoTTA: 32); 0: the images as they
+            are. Then teacher and student agree at the start, where the cross-entropy has no gradient.
+        sure_above: mean confidence of the source model on a batch above which the teacher sees the images as they are
+            after all (CoTTA: 0.92 on CIFAR-10-C); 1: never.
+        seed: of the restores and the views.
 
     Raises:
         ConfigError: a value is out of range.
@@ -54,14 +58,18 @@ class TeacherConfig:
     squared: bool = False
     group: str = "tensor"
     anchor: str = "teacher"
+    views: int = 0
+    sure_above: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
-        for name in ("momentum", "restore"):
+        for name in ("momentum", "restore", "sure_above"):
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
                 raise ConfigError(f"teacher.{name} is {value}; allowed are values in [0, 1]: set 0.01, say")
+        if self.views < 0:
+            raise ConfigError(f"teacher.views is {self.views}; allowed are whole numbers of at least 0: set 0 for none")
         if not 0 <= self.proximal < float("inf"):
             raise ConfigError(f"teacher.proximal is {self.proximal}; allowed are finite weights of at least 0: set 0.5")
         for name, allowed in (("anchor", ANCHORS), ("group", GROUPS)):
@@ -75,8 +83,12 @@ class TeacherConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TeacherConfig":
-        """Inverse of :meth:`to_dict`."""
-        return cls(**values)
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: an unknown key, or a value of another type or out of range.
+        """
+        return cls(**checked_fields(cls, "teacher", values))
 
 
 class TeacherState(NamedTuple):
@@ -84,26 +96,6 @@ class TeacherState(NamedTuple):
 
     average: Parameters  # θ^T, the running mean of the adapted tensors, by name
     step: Tensor  # scalar int64: updates so far
-
-    def to_dict(self) -> dict[str, Any]:
-        """Primitives and tensors, for a checkpoint under ``weights_only=True``."""
-        return {
-            "average": {name: tensor.detach().clone() for name, tensor in self.average.items()},
-            "step": int(self.step),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], like: "TeacherState") -> "TeacherState":
-        """Inverse of :meth:`to_dict`, on the device and in the type of ``like``.
-
-        Raises:
-            ValueError: the tensors' names or shapes are others than in ``like``.
-        """
-        shapes = {name: tuple(tensor.shape) for name, tensor in values["average"].items()}
-        if shapes != {name: tuple(tensor.shape) for name, tensor in like.average.items()}:
-            raise ValueError("the saved teacher is of another model")
-        average = {name: values["average"][name].to(tensor) for name, tensor in like.average.items()}
-        return cls(average, torch.full_like(like.step, int(values["step"])))
 
 
 def init_teacher(parameters: Parameters) -> TeacherState:
@@ -127,11 +119,6 @@ def teacher_logits(model: nn.Module, state: TeacherState, images: Tensor, *, bat
     """The teacher's prediction (B, C): the source model with the averaged tensors, without gradients."""
     with torch.no_grad():
         return functional_call(model, state.average, (images,), {"batch_statistics": batch_statistics}).logits
-
-
-def teacher_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy (B,) of the student's ``logits`` (B, C) with the teacher's ``target`` (B, C), a constant."""
-    return -(target.detach().softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
 
 
 def proximal_loss(config: TeacherConfig, parameters: Parameters, anchor: Parameters) -> Tensor:

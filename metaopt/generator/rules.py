@@ -30,8 +30,12 @@ class Adam:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        """Check the rate."""
+        """Check the rate and the decays."""
         _check_rate("adam", self.lr)
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(
+                f"method.betas is {[*self.betas]}; it takes two numbers in [0, 1): use for example [0.9, 0.999]"
+            )
 
     def init(self, parameters: Parameters) -> Moments:
         """Zero moments."""

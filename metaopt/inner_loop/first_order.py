@@ -19,6 +19,7 @@ from metaopt.inner_loop.rates import RateProbe, soft_choices
 from metaopt.inner_loop.unroll import MetaBatch, Unroll
 from metaopt.parameters import detached, flatten
 from metaopt.policy.gate import GateState, stepped, straight_through
+from metaopt.policy.response import opening, respond, sense
 from metaopt.policy.shift import Sensed
 from metaopt.policy.state import PolicyState, detached_state
 from metaopt.sparsity.head import LearnedRates
@@ -63,21 +64,21 @@ class FirstOrderUnroll(Unroll):
         """The linearised steps from one cut to the next: the sum of the positions' linearised meta-losses."""
         scores = []
         for position in range(start, stop + 1):
-            parameters, state = self.policy.restore(self.model, parameters, state, notes.sensed[position])
+            parameters, state = respond(self.policy, self.model, parameters, state, notes.sensed[position])
             flat = flatten(parameters)
             if position > start:
                 scores.append(torch.dot(flatten(notes.meta[position - 1]), flat))
             if position < stop:
                 products = [weight * torch.dot(flatten(each), flat) for weight, each in notes.inner[position]]
                 moved, rule_state = self.apply(torch.stack(products).sum(), parameters, state.rule)
-                opening = self.policy.opening(state, notes.sensed[position])
-                if opening is None:
+                z = opening(self.policy, state, notes.sensed[position])
+                if z is None:
                     parameters, state = moved, replace(state, rule=rule_state)
                 else:
-                    decision = straight_through(opening)
+                    decision = straight_through(z)
                     scores.append(self.update_price * decision)
                     parameters = {name: torch.lerp(old, moved[name], decision) for name, old in parameters.items()}
-                    state = replace(state, rule=rule_state if opening.item() > 0 else state.rule)
+                    state = replace(state, rule=rule_state if z.item() > 0 else state.rule)
                     state = replace(state, gate=notes.gates[position])
         return torch.stack(scores).sum()
 
@@ -100,9 +101,9 @@ class FirstOrderUnroll(Unroll):
             if position in starts:
                 notes.starts[position] = (detached(parameters), detached_state(state))
             batch = self.batches[position]
-            notes.sensed.append(self.policy.sense(self.model, parameters, state, batch.images))
+            notes.sensed.append(sense(self.policy, self.model, parameters, state, batch.images))
             with torch.no_grad():
-                now, here = self.policy.restore(self.model, parameters, state, notes.sensed[position])
+                now, here = respond(self.policy, self.model, parameters, state, notes.sensed[position])
             leaves = detached(now)
             inner = self._note(leaves, position, batch, notes, here)
             if inner is not None:
@@ -115,10 +116,10 @@ class FirstOrderUnroll(Unroll):
     ) -> tuple[Parameters, PolicyState]:
         """The update, unless the gate is closed: then everything stays but what the gate remembers."""
         with torch.no_grad():
-            opening = self.policy.opening(state, notes.sensed[-1])
-        if opening is None:
+            z = opening(self.policy, state, notes.sensed[-1])
+        if z is None:
             return self._update(leaves, inner, state)
-        opens = opening.item() > 0
+        opens = z.item() > 0
         self.opened.append(opens)
         parameters, after = self._update(leaves, inner, state) if opens else (leaves, state)
         notes.gates.append(stepped(state.gate, notes.logits[-1], opens))

@@ -19,6 +19,7 @@ from metaopt.inner_loop.rates import RateTask
 from metaopt.inner_loop.unroll import MetaBatch, MetaGradient, MetaLoss, Unroll, UnrollConfig
 from metaopt.parameters import detached
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.response import respond, sense
 from metaopt.policy.state import PolicyState, detached_state
 from metaopt.types import ApplyUpdate, Parameters
 
@@ -91,7 +92,9 @@ class FullUnroll(Unroll):
                             self.model, now, state, batch.images, self.apply, position
                         )
                     else:
-                        output = self.policy.preview(self.model, now, state, batch.images, position)
+                        sensed = sense(self.policy, self.model, now, state, batch.images)
+                        now, _ = respond(self.policy, self.model, now, state, sensed)
+                        output = self.policy.evaluate(self.model, now, batch.images, position)
                     if position > start:
                         scores.append(self.meta_loss(output, batch))
                 self.losses.extend(score.detach() for score in scores)

@@ -13,6 +13,7 @@ from metaopt.objectives.registry import get_term as get_term
 from metaopt.objectives.registry import register_term as register_term
 from metaopt.objectives.slr import soft_likelihood_ratio as soft_likelihood_ratio
 from metaopt.objectives.source_statistics import source_statistics as source_statistics
+from metaopt.objectives.teacher import teacher_cross_entropy as teacher_cross_entropy
 from metaopt.objectives.views import augmented_view as augmented_view
 from metaopt.objectives.weighted import POSITIVE as POSITIVE
 from metaopt.objectives.weighted import InvertiblePair as InvertiblePair

@@ -13,6 +13,7 @@ from metaopt.objectives.diversity import negative_mean_entropy
 from metaopt.objectives.entropy import softmax_entropy
 from metaopt.objectives.filtered import filtered_entropy
 from metaopt.objectives.slr import soft_likelihood_ratio
+from metaopt.objectives.teacher import teacher_cross_entropy
 from metaopt.types import ForwardOutput, SourceStatistics
 
 TermFunction = Callable[[ForwardOutput, SourceStatistics | None], Tensor]
@@ -27,6 +28,7 @@ class ObjectiveTerm:
     per_sample: bool  # whether ``function`` gives one value per sample, (B,), or a scalar for the whole batch
     needs_features: bool = False  # whether it reads ``ForwardOutput.features``
     needs_view: bool = False  # whether it reads ``ForwardOutput.view_logits``
+    needs_teacher: bool = False  # whether it reads ``ForwardOutput.teacher_logits``
 
 
 OBJECTIVE_TERMS: dict[str, ObjectiveTerm] = {
@@ -42,11 +44,22 @@ OBJECTIVE_TERMS: dict[str, ObjectiveTerm] = {
     "consistency": ObjectiveTerm(
         lambda output, _: view_consistency(output.logits, output.view_logits), per_sample=True, needs_view=True
     ),
+    "teacher": ObjectiveTerm(
+        lambda output, _: teacher_cross_entropy(output.logits, output.teacher_logits),
+        per_sample=True,
+        needs_teacher=True,
+    ),
 }
 
 
 def register_term(
-    name: str, function: TermFunction, *, per_sample: bool, needs_features: bool = False, needs_view: bool = False
+    name: str,
+    function: TermFunction,
+    *,
+    per_sample: bool,
+    needs_features: bool = False,
+    needs_view: bool = False,
+    needs_teacher: bool = False,
 ) -> None:
     """Add a term under ``name``, from then on valid in every objective.
 
@@ -57,7 +70,7 @@ def register_term(
         raise ConfigError(f"objective term {name!r} is no identifier; use letters, digits and underscores")
     if name in OBJECTIVE_TERMS:
         raise ConfigError(f"objective term {name!r} is already registered; choose a name other than {_known()}")
-    OBJECTIVE_TERMS[name] = ObjectiveTerm(function, per_sample, needs_features, needs_view)
+    OBJECTIVE_TERMS[name] = ObjectiveTerm(function, per_sample, needs_features, needs_view, needs_teacher)
 
 
 def get_term(name: str) -> ObjectiveTerm:

@@ -38,6 +38,7 @@ class WeightedObjective(nn.Module):
 
     needs_features: bool
     needs_view: bool
+    needs_teacher: bool
 
     def __init__(self, weights: Mapping[str, float], learned: bool = False) -> None:
         super().__init__()
@@ -50,6 +51,7 @@ class WeightedObjective(nn.Module):
         self.learned = bool(learned)
         self.needs_features = any(get_term(name).needs_features for name in self._initial_weights)
         self.needs_view = any(get_term(name).needs_view for name in self._initial_weights)
+        self.needs_teacher = any(get_term(name).needs_teacher for name in self._initial_weights)
         initial = torch.tensor(list(self._initial_weights.values()), dtype=torch.float64)
         log_weights = POSITIVE.unconstrain(initial).to(torch.get_default_dtype())
         self.log_weights = nn.Parameter(log_weights, requires_grad=self.learned)  # (terms,)
@@ -62,7 +64,7 @@ class WeightedObjective(nn.Module):
         """Unweighted scalar value of each term on this batch: the mean over the samples where it is per sample.
 
         Raises:
-            ConfigError: a term lacks the features, the view or the source statistics that it reads.
+            ConfigError: a term lacks the features, the view, the teacher or the source statistics that it reads.
         """
         output = _widened(output)
         values = {}
@@ -134,5 +136,5 @@ def _widened(output: ForwardOutput) -> ForwardOutput:
     def widen(x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    view_logits = None if output.view_logits is None else widen(output.view_logits)
-    return ForwardOutput(widen(output.logits), tuple(widen(block) for block in output.features), view_logits)
+    view, teacher = (None if other is None else widen(other) for other in (output.view_logits, output.teacher_logits))
+    return ForwardOutput(widen(output.logits), tuple(widen(block) for block in output.features), view, teacher)

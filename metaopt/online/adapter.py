@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.errors import CheckpointError
+from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
 from metaopt.inner_loop import InPlaceApply
 from metaopt.models import SourceModel
 from metaopt.online.guard import NONFINITE, RESTORED, SKIPPED, FiniteGuard
-from metaopt.parameters import adapted_layout
 from metaopt.policy import AdaptationPolicy, PolicyState, check_source
 from metaopt.policy.state import copied_state, state_from_list, state_to_list
 from metaopt.sparsity import ActivationMemory, MemoryConfig
@@ -29,7 +29,8 @@ class OnlineAdapter:
     """Predicts on each batch, then adapts on it, without labels.
 
     The source model's own tensors never change: the adapter keeps the adapted ones beside it. Creating an adapter only
-    freezes the model (its tensors no longer require gradients).
+    freezes the model (its tensors no longer require gradients). Experts stand in a model of the adapter's own, which
+    shares the network's tensors.
 
     Args:
         model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
@@ -41,17 +42,18 @@ class OnlineAdapter:
 
     Raises:
         CheckpointError: the policy was trained on another model.
-        ModelError: the model has no normalisation layer that can adapt.
+        ModelError: the model has no normalisation layer that can adapt, or no place for the method's experts.
         ConfigError: memory and budget do not go together; a step raises it where the budget is too small for the batch.
     """
 
     def __init__(
         self, model: nn.Module, policy: AdaptationPolicy, *, memory: str = "dense", budget_mib: float | None = None
     ) -> None:
-        self.model = model if isinstance(model, SourceModel) else SourceModel(model)
-        check_source(policy, self.model)
+        self.source = model if isinstance(model, SourceModel) else SourceModel(model)
+        check_source(policy, self.source)
+        self.model = policy.attach(self.source)  # the source itself, where there are no experts
         self.model.requires_grad_(False)
-        self.layout = adapted_layout(self.model)
+        self.layout = policy.layout(self.model)
         reference = next(iter(self.layout.take(self.model).values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype)
         self.memory = ActivationMemory(MemoryConfig(memory, budget_mib), self.policy.pruning)
@@ -72,7 +74,7 @@ class OnlineAdapter:
         return self.steps - self.guard.events[NONFINITE] - self.guard.events[SKIPPED]
 
     def reset(self) -> None:
-        """Back to the source: parameters, moments, memory and counters are as in a new adapter."""
+        """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
         own = self.layout.take(self.model)
         self.parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in own.items()}
         with torch.no_grad():
@@ -97,7 +99,7 @@ class OnlineAdapter:
         """As a call, with the loss and its terms beside the logits; all detached."""
         if self._frozen or self.apply is None:
             with torch.no_grad():
-                output = self.policy.evaluate(self.model, self.parameters, images, self.updates)
+                output = self.policy.evaluate(self.model, self.parameters, images, self.updates, self.state.teacher)
         else:
             with torch.enable_grad():
                 self.parameters, self.state, output = self.policy.step(
@@ -133,7 +135,7 @@ class OnlineAdapter:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
 
     def _loss_of(self, images: Tensor) -> Tensor:
-        loss = self.policy.evaluate(self.model, self.parameters, images, self.updates).loss
+        loss = self.policy.evaluate(self.model, self.parameters, images, self.updates, self.state.teacher).loss
         assert loss is not None
         return loss
 
@@ -147,13 +149,29 @@ class OnlineAdapter:
             self._frozen = before
 
     def export(self) -> dict[str, Tensor]:
-        """The adapted model as a plain ``state_dict`` of the wrapped module: copies, ready to load or save."""
+        """The adapted model as a plain ``state_dict`` of the wrapped module: copies, ready to load or save.
+
+        It is the teacher's where that predicts. Experts are not part of it: see :meth:`export_experts`.
+        """
+        return self._exported("module.")
+
+    def export_experts(self) -> dict[str, Tensor]:
+        """The adapted experts and gates as a ``state_dict`` of `metaopt.experts.Experts`: copies; empty without any."""
+        return self._exported(f"{EXPERTS}.")
+
+    def _exported(self, prefix: str) -> dict[str, Tensor]:
         own = dict(self.model.named_parameters(remove_duplicate=False))
+        teacher = self.state.teacher if self.policy.predict_with == "teacher" else None
+        current = self.parameters if teacher is None else teacher.average
         # By identity, because a layer that is used twice has two names there and one here.
-        adapted = {id(own[name]): tensor for name, tensor in self.parameters.items()}
+        adapted = {id(own[name]): tensor for name, tensor in current.items()}
         weights = self.model.state_dict()
         weights.update({name: adapted[id(tensor)] for name, tensor in own.items() if id(tensor) in adapted})
-        return {name.removeprefix("module."): tensor.detach().clone() for name, tensor in weights.items()}
+        return {
+            name.removeprefix(prefix): tensor.detach().clone()
+            for name, tensor in weights.items()
+            if name.startswith(prefix)
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the adaptation so far (not the model, not the policy), atomically.

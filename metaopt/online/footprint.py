@@ -16,7 +16,7 @@ from metaopt.inner_loop import gradients_of
 from metaopt.measure import MemoryMeter
 from metaopt.measure.timing import synchronize
 from metaopt.models import SourceModel
-from metaopt.parameters import adapted_layout, detached, flatten
+from metaopt.parameters import detached, flatten
 from metaopt.policy import AdaptationPolicy
 from metaopt.sparsity import ActivationMemory, MemoryConfig, PruningRule, Rate, SavedActivations
 from metaopt.types import Parameters
@@ -69,8 +69,9 @@ def measure_footprint(
     Raises:
         ConfigError: a budget is below the smallest possible one.
     """
+    model = policy.attach(model)
     model.requires_grad_(False)
-    leaves = detached(adapted_layout(model).take(model))
+    leaves = detached(policy.layout(model).take(model))
     dense = _Step(model, policy, leaves, Case("dense"))
     truth = flatten(dense(images)).double()
     rows = []

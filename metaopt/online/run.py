@@ -180,7 +180,7 @@ class _Run:
                 output = self.adapter.step(batch.images)
             if self.steps % self.forward_every == 0:
                 with self.watch.forward():
-                    self.adapter.model(batch.images)
+                    self.adapter.source(batch.images)
         self.steps += 1
         self.loss = output.loss
         self.monitor.scalar("online/entropy", _entropy(output.logits), self.steps)

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 import torch
 
 from metaopt.errors import ConfigError
+from metaopt.experts import ExpertsConfig, TeacherConfig
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
 from metaopt.objectives import WeightedObjective
+from metaopt.policy.adapts import ADAPTS
 from metaopt.policy.gate import Gate, LearnedGate, PeriodicGate
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
 from metaopt.sparsity import PRUNING_RULES, LearnedRates, PruningRule, RatesConfig, build_rule
-from metaopt.types import SourceStatistics
+from metaopt.types import SourceStatistics, UpdateRule
 
 UPDATES = ("none", *HAND_MADE_RULES, "generator")
+PREDICTORS = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,11 @@ class MethodConfig:
 
     ``lr`` None means the policy's own base rate for ``update="generator"``, and the rule's default otherwise.
     ``objective`` empty means the policy's own, with its learned weights. ``pruning`` is the rule that chooses what is
-    kept of each layer's activations where memory is pruned. ``restoration`` brings the source back where the stream
-    shifts: as the policy learned to, and without one that did, as ``RestorationConfig`` begins.
-    ``update_every`` is the number of a domain's batches from one update to the next; None: the policy's gate decides
-    where it has learned one, else every batch updates.
+    kept of each layer's activations where memory is pruned. ``betas`` are Adam's; None: its default. ``adapts`` says
+    which tensors change, and ``predict_with`` whose logits count. ``experts`` and ``teacher`` None: there are none.
+    ``restoration`` brings the source back where the stream shifts: as the policy learned to, and without one that did,
+    as ``RestorationConfig`` begins. ``update_every`` is the number of a domain's batches from one update to the next;
+    None: the policy's gate decides where it has learned one, else every batch updates.
     """
 
     name: str
@@ -37,15 +41,41 @@ class MethodConfig:
     objective: Mapping[str, float] = field(default_factory=dict)
     objective_from_policy: bool = False
     pruning: str = "rate_distortion"
+    betas: tuple[float, float] | None = None
+    adapts: str = "norm"
+    experts: ExpertsConfig | None = None
+    teacher: TeacherConfig | None = None
+    predict_with: str = "student"
     restoration: bool = False
     update_every: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the update rule and the rate."""
-        if self.update not in UPDATES:
-            raise ConfigError(f"method.update is {self.update!r}; allowed are {', '.join(UPDATES)}: choose one")
+        """Check each choice and what they need of one another."""
+        for name, allowed in (("update", UPDATES), ("adapts", ADAPTS), ("predict_with", PREDICTORS)):
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ConfigError(f"method.{name} is {value!r}; allowed are {', '.join(allowed)}: choose one")
+        if self.betas is not None and self.update != "adam":
+            raise ConfigError(f"method.betas does not go with update={self.update}; allowed is adam: leave it null")
+        if self.adapts.startswith("experts") and self.experts is None:
+            raise ConfigError(
+                f"method.adapts is {self.adapts!r} and there are no experts; allowed without them are norm, all: give "
+                "method.experts, as configs/method/moase.yaml does"
+            )
+        if self.predict_with == "teacher" and self.teacher is None:
+            raise ConfigError(
+                "method.predict_with is 'teacher' and there is none; allowed without one is student: give "
+                "method.teacher, as configs/method/cotta.yaml does"
+            )
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"method.lr is {self.lr}; it must be positive and finite: set for example 0.001")
+        if self.update in HAND_MADE_RULES:
+            self.rule()  # checks its own settings
+
+    def rule(self) -> UpdateRule:
+        """The hand-made update rule."""
+        settings = {"lr": self.lr, "betas": self.betas}
+        return HAND_MADE_RULES[self.update](**{name: value for name, value in settings.items() if value is not None})
 
 
 def build_method(
@@ -59,18 +89,20 @@ def build_method(
         statistics: source statistics, where the objective needs them and no policy brings them.
 
     Raises:
-        ConfigError: a generator without a policy, or an update without an objective.
+        ConfigError: a generator without a policy, an update without an objective, or one that asks a teacher without
+            a teacher.
     """
     if config.update == "none":
         return AdaptationPolicy(config.name, batch_statistics=config.batch_statistics)
     if policy is not None and policy.statistics is not None:
         statistics = policy.statistics
     objective = _objective(config, policy)
-    if config.update == "generator":
-        rule = _generator(config, policy)
-    else:
-        rates = {} if config.lr is None else {"lr": config.lr}
-        rule = HAND_MADE_RULES[config.update](**rates)
+    if objective.needs_teacher and config.teacher is None:
+        raise ConfigError(
+            f"method {config.name!r} has the objective's term teacher and no teacher; allowed without one are all "
+            "others: give method.teacher, as configs/method/cotta.yaml does"
+        )
+    rule = _generator(config, policy) if config.update == "generator" else config.rule()
     method = AdaptationPolicy(
         config.name,
         batch_statistics=config.batch_statistics,
@@ -78,6 +110,10 @@ def build_method(
         rule=rule,
         statistics=statistics,
         pruning=_pruning(config, policy),
+        adapts=config.adapts,
+        experts=config.experts,
+        teacher=config.teacher,
+        predict_with=config.predict_with,
         restoration=_restoration(config, policy),
         gate=_gate(config, policy),
     )

@@ -2,19 +2,20 @@
 
 Every method is one instance of :class:`AdaptationPolicy`; what differs is which parts it holds:
 
-========= ================= ============================ ======================
-method    statistics        objective                    update rule
-========= ================= ============================ ======================
-source    of the source     --                           --
-bn        of the batch      --                           --
-tent      of the batch      entropy                      Adam
-adam      of the batch      any                          Adam
-mgtta     of the batch      entropy + discrepancy        ``published`` generator
-policy    of the batch      learned weights              learned generator
-========= ================= ============================ ======================
+========= ============== ================= ======================= ======================= ==============
+method    adapts         statistics        objective               update rule             teacher
+========= ============== ================= ======================= ======================= ==============
+source    --             of the source     --                      --                      --
+bn        --             of the batch      --                      --                      --
+tent      norm           of the batch      entropy                 Adam                    --
+adam      norm           of the batch      any                     Adam                    --
+cotta     all            of the batch      teacher                 Adam                    mean + restore
+moase     experts + norm of the batch      teacher + proximal      Adam                    mean + restore
+mgtta     norm           of the batch      entropy + discrepancy   ``published`` generator --
+policy    norm           of the batch      learned weights         learned generator       --
+========= ============== ================= ======================= ======================= ==============
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,25 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaopt.data.seeding import generator_for
+from metaopt.experts import (
+    ExpertsConfig,
+    TeacherConfig,
+    TeacherState,
+    init_teacher,
+    proximal_loss,
+    select_anchor,
+    with_experts,
+)
+from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective, augmented_view
-from metaopt.parameters import detached
-from metaopt.policy.gate import Gate, init_gate, stepped
-from metaopt.policy.restoration import SourceRestoration, restored
-from metaopt.policy.shift import Sensed, distance, image_statistics, init_reference, merged
+from metaopt.parameters import ParameterLayout, own_values
+from metaopt.policy.adapts import layout_of
+from metaopt.policy.gate import Gate, init_gate
+from metaopt.policy.restoration import SourceRestoration
+from metaopt.policy.shift import init_reference
 from metaopt.policy.state import PolicyState
+from metaopt.policy.step import adaptation_step
+from metaopt.policy.taught import taught_logits
 from metaopt.sparsity import ActivationMemory, PruningRule
 from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
 
@@ -37,7 +51,7 @@ if TYPE_CHECKING:
 
 
 class AdaptationPolicy(nn.Module):
-    """Objective, update rule and normalisation statistics of one method.
+    """Objective, update rule, normalisation statistics, experts and teacher of one method.
 
     Args:
         method: name of the composition, for reports.
@@ -48,6 +62,11 @@ class AdaptationPolicy(nn.Module):
         statistics: source statistics of the features, where the objective needs them.
         seed: of the augmented views, where the objective compares two; with a step's number it tells its view.
         pruning: chooses what is kept of each layer's activations, where a step is told to keep less than all.
+        adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
+        experts: mixtures that stand beside the network (:meth:`attach`); None: none.
+        teacher: running mean of the adapted tensors, the pull of the experts towards it, and random restores; None: no
+            teacher.
+        predict_with: whose logits a step hands back, "student" or "teacher".
         restoration: how much of the source comes back before each batch; None: nothing ever does.
         gate: whether a batch is worth an update; None: every one is.
     """
@@ -62,12 +81,18 @@ class AdaptationPolicy(nn.Module):
         statistics: SourceStatistics | None = None,
         seed: int = 0,
         pruning: PruningRule | None = None,
+        adapts: str = "norm",
+        experts: ExpertsConfig | None = None,
+        teacher: TeacherConfig | None = None,
+        predict_with: str = "student",
         restoration: SourceRestoration | None = None,
         gate: Gate | None = None,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
             raise ValueError("an objective needs an update rule, and an update rule an objective")
+        if teacher is None and (predict_with == "teacher" or (objective is not None and objective.needs_teacher)):
+            raise ValueError("who predicts with a teacher, or learns from one, needs its settings")
         self.method = method
         self.batch_statistics = batch_statistics
         self.objective = objective
@@ -75,6 +100,10 @@ class AdaptationPolicy(nn.Module):
         self.statistics = statistics
         self.seed = seed
         self.pruning = pruning
+        self.adapts = adapts
+        self.experts = experts
+        self.teacher = teacher
+        self.predict_with = predict_with
         self.restoration = restoration
         self.gate = gate
         self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
@@ -84,6 +113,11 @@ class AdaptationPolicy(nn.Module):
     def updates(self) -> bool:
         """Whether the method changes parameters at all."""
         return self.rule is not None
+
+    @property
+    def pulls(self) -> bool:
+        """Whether the loss pulls the experts towards an anchor."""
+        return self.experts is not None and self.teacher is not None and self.teacher.proximal > 0
 
     @property
     def watches(self) -> bool:
@@ -96,6 +130,22 @@ class AdaptationPolicy(nn.Module):
         config = self.training.get("config", {})
         return frozenset([*self.training.get("shifts", ()), *config.get("selection_shifts", ())])
 
+    def attach(self, model: SourceModel) -> SourceModel:
+        """The model that the method adapts: where it has experts, one that shares the network's tensors and has them.
+
+        Raises:
+            ModelError: the model has no place for experts.
+        """
+        return model if self.experts is None else with_experts(model, self.experts, seed=self.seed)
+
+    def layout(self, model: SourceModel) -> ParameterLayout:
+        """The tensors that adapt, of a model that :meth:`attach` gave.
+
+        Raises:
+            ModelError: there are none.
+        """
+        return layout_of(self.adapts, model)
+
     def init(self, parameters: Parameters) -> PolicyState:
         """State before the first batch."""
         first = next(iter(parameters.values()))
@@ -104,75 +154,69 @@ class AdaptationPolicy(nn.Module):
             shift=init_reference(first.shape[-1], first.detach()) if self.watches else None,
             rule=None if self.rule is None else self.rule.init(parameters),
             pruning=None if self.pruning is None else self.pruning.init(parameters),
+            teacher=None if self.teacher is None else init_teacher(parameters),
         )
 
-    def sense(self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor) -> Sensed | None:
-        """How far a batch lies from those before it; None for a method that does not watch it."""
-        if not self.watches:
-            return None
-        layer = next(iter(parameters)).rpartition(".")[0]
-        statistics = image_statistics(model, layer, images)
-        return Sensed(distance(state.shift, statistics), statistics)
-
-    def restore(
-        self, model: nn.Module, parameters: Parameters, state: PolicyState, sensed: Sensed | None
-    ) -> tuple[Parameters, PolicyState]:
-        """Parameters and state that a batch is predicted with: as they were, or nearer to the source.
-
-        Args:
-            model: source model, whose own tensors are what comes back.
-            parameters: adapted tensors before this batch.
-            state: state before this batch.
-            sensed: what :meth:`sense` told of the batch.
-        """
-        if sensed is None:
-            return parameters, state
-        if self.restoration is not None:
-            source = {name: model.get_parameter(name).detach() for name in parameters}
-            parameters = restored(parameters, source, self.restoration(sensed.distance))
-            if self.restoration.begins_anew(sensed.distance):
-                state = self.init(parameters)
-        return parameters, replace(state, shift=merged(state.shift, sensed.statistics))
-
-    def opening(self, state: PolicyState, sensed: Sensed | None) -> Tensor | None:
-        """z of the update gate, above 0 where a batch is worth an update; None for a method without one."""
-        return None if self.gate is None or sensed is None else self.gate(state.gate, sensed.distance)
-
-    def predict(self, model: nn.Module, parameters: Parameters, images: Tensor) -> StepOutput:
-        """Predict alone: one forward pass without a graph or a loss; arguments as of :meth:`evaluate`."""
-        with torch.no_grad():
-            output = functional_call(model, parameters, (images,), {"batch_statistics": self.batch_statistics})
-        return StepOutput(output.logits, updated=False)
-
-    def evaluate(self, model: nn.Module, parameters: Parameters, images: Tensor, step: int = 0) -> StepOutput:
+    def evaluate(
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        images: Tensor,
+        step: int = 0,
+        teacher: TeacherState | None = None,
+    ) -> StepOutput:
         """Predict and weigh the loss, without an update.
 
         Args:
             model: source model, called through ``torch.func.functional_call``.
             parameters: adapted tensors that stand in for the model's own.
             images: (B, 3, H, W) in [0, 1].
-            step: number of updates before this one, which an augmented view of the images is drawn from.
+            step: number of updates before this one, which augmented views of the images are drawn from.
+            teacher: state of the teacher, where the method has one; None: as before the first batch.
         """
+        if self.teacher is not None and teacher is None:
+            teacher = init_teacher(parameters)
+        taught = None
+        if self.predict_with == "teacher" or (self.objective is not None and self.objective.needs_teacher):
+            assert self.teacher is not None and teacher is not None
+            statistics = self.batch_statistics
+            taught = taught_logits(self.teacher, model, teacher, images, batch_statistics=statistics, step=step)
         arguments = {
             "batch_statistics": self.batch_statistics,
             "features": self.objective is not None and self.objective.needs_features,
         }
         output = functional_call(model, parameters, (images,), arguments)
+        logits = taught if taught is not None and self.predict_with == "teacher" else output.logits
         if self.objective is None:
-            return StepOutput(output.logits)
+            return StepOutput(logits)
         if self.objective.needs_view:
             view = augmented_view(images, generator_for("view", self.seed, step))
             viewed = functional_call(model, parameters, (view,), {"batch_statistics": self.batch_statistics})
             output = output._replace(view_logits=viewed.logits)
-        loss, terms = self.objective.loss(output, self.statistics)
-        return StepOutput(output.logits, loss, terms)
+        loss, terms = self.objective.loss(output._replace(teacher_logits=taught), self.statistics)
+        if self.pulls:
+            assert self.teacher is not None and teacher is not None
+            anchor = select_anchor(self.teacher, teacher, own_values(model, parameters))
+            terms["proximal"] = proximal_loss(self.teacher, parameters, anchor)
+            loss = loss + self.teacher.proximal * terms["proximal"]
+        return StepOutput(logits, loss, terms)
 
-    def preview(
-        self, model: nn.Module, parameters: Parameters, state: PolicyState, images: Tensor, step: int = 0
+    def predict(
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        images: Tensor,
+        step: int = 0,
+        teacher: TeacherState | None = None,
     ) -> StepOutput:
-        """What :meth:`step` would predict on a batch, which then leaves no trace."""
-        sensed = self.sense(model, parameters, state, images)
-        return self.evaluate(model, self.restore(model, parameters, state, sensed)[0], images, step)
+        """Predict alone, by one forward pass without a graph or a loss; arguments as of :meth:`evaluate`."""
+        statistics = self.batch_statistics
+        with torch.no_grad():
+            if self.teacher is not None and teacher is not None and self.predict_with == "teacher":
+                logits = taught_logits(self.teacher, model, teacher, images, batch_statistics=statistics, step=step)
+            else:
+                logits = functional_call(model, parameters, (images,), {"batch_statistics": statistics}).logits
+        return StepOutput(logits, updated=False)
 
     def step(
         self,
@@ -184,7 +228,7 @@ class AdaptationPolicy(nn.Module):
         step: int = 0,
         memory: ActivationMemory | None = None,
     ) -> tuple[Parameters, PolicyState, StepOutput]:
-        """The one adaptation step: predict on a batch, then update on it.
+        """The one adaptation step (:mod:`metaopt.policy.step`): predict on a batch, then update on it.
 
         Meta-training unrolls it with a differentiable ``apply``; deployment runs it with an in-place one.
 
@@ -200,47 +244,7 @@ class AdaptationPolicy(nn.Module):
         Returns:
             Parameters and state after this batch, and the predictions made *before* the update.
         """
-        if not self.updates or apply is None:
-            return parameters, state, self.evaluate(model, parameters, images, step)
-        sensed = self.sense(model, parameters, state, images)
-        parameters, state = self.restore(model, parameters, state, sensed)
-        with torch.no_grad():
-            opening = self.opening(state, sensed)
-        if opening is not None and opening.item() <= 0:
-            parameters = detached(parameters)
-            output = self.predict(model, parameters, images)
-        else:
-            parameters, state, output = self._update(model, parameters, state, images, apply, step, memory)
-        if self.gate is not None:
-            state = replace(state, gate=stepped(state.gate, output.logits, output.updated))
-        return parameters, state, replace(output, distance=None if sensed is None else sensed.distance)
-
-    def _update(
-        self,
-        model: nn.Module,
-        parameters: Parameters,
-        state: PolicyState,
-        images: Tensor,
-        apply: ApplyUpdate,
-        step: int,
-        memory: ActivationMemory | None,
-    ) -> tuple[Parameters, PolicyState, StepOutput]:
-        """Predict and update; arguments as of :meth:`step`."""
-        if memory is None:
-            output = self.evaluate(model, parameters, images, step)
-            parameters, rule_state = apply(_loss(output), parameters, state.rule)
-            return parameters, replace(state, rule=rule_state), output
-
-        def loss_of(some: Tensor) -> Tensor:
-            return _loss(self.evaluate(model, parameters, some, step))
-
-        with memory.step(model, loss_of, parameters, state.pruning, images) as kept:
-            output = self.evaluate(model, parameters, images, step)
-            parameters, rule_state = apply(_loss(output), parameters, state.rule)
-        refused = rule_state is state.rule and rule_state is not None
-        if not refused:  # else nothing is to be learned from the batch
-            state = replace(state, rule=rule_state, pruning=kept.state)
-        return parameters, state, output
+        return adaptation_step(self, model, parameters, state, images, apply, step, memory)
 
     def to(self, *args: Any, **kwargs: Any) -> "AdaptationPolicy":
         """Move the learned tensors and the source statistics."""
@@ -264,9 +268,3 @@ class AdaptationPolicy(nn.Module):
         from metaopt.policy.checkpoint import load_policy
 
         return load_policy(path)
-
-
-def _loss(output: StepOutput) -> Tensor:
-    """The loss of a method that updates, which has one."""
-    assert output.loss is not None
-    return output.loss

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metaopt.experts import TeacherState
+
 
 @dataclass(frozen=True)
 class PolicyState:
@@ -15,6 +17,7 @@ class PolicyState:
     # Changes at every update.
     rule: Any = None  # the update rule's own state: a tree of tensors, or None for a method without updates
     pruning: Any = None  # the pruning rule's: what earlier gradients told of the layers; None without such a rule
+    teacher: TeacherState | None = None  # running mean of the parameters; None for a method without a teacher
     # Changes at every batch.
     gate: Any = None  # what the update gate remembers, as a GateState; None for a method without one
     shift: Any = None  # the images since the last restoration, as a ShiftReference; None where nobody watches

@@ -238,7 +238,8 @@ def _lendings(
 ) -> tuple[list[tuple[int, int]], bool]:
     """Packed and lent bytes at each lending of a backward pass at the cheapest rates; whether there was one forward."""
     calls: list[None] = []
-    handle = model.register_forward_pre_hook(lambda *_: calls.append(None))
+    # A forward without gradients, as a teacher's, keeps nothing for backward.
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(None) if torch.is_grad_enabled() else None)
     try:
         with torch.enable_grad(), SavedActivations(model, memory="pruned", default=CHEAPEST) as saved:
             loss = loss_of(images)

@@ -117,3 +117,11 @@ def test_second_order_goes_through_ties_and_zeros() -> None:
     first = torch.autograd.grad(out.square().sum(), (activations, shares), create_graph=True)
     second = torch.autograd.grad(first[0].square().sum() + first[1], activations)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in (*first, *second))
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft", "straight_through"])
+def test_images_that_hold_nan_come_out_as_nan(mode: str) -> None:
+    shares = torch.tensor([[0.25, float("nan")]])
+    activations = torch.full((3, 2, 8), float("nan"))
+    kept = spatial_dropout(activations, shares, mode=mode)
+    assert kept.isnan().all()

@@ -1,4 +1,4 @@
-"""The teacher against its equations, what it costs, and that a run in two parts is a run in one."""
+"""The teacher against its equations, and what it costs."""
 
 import pytest
 import torch
@@ -7,18 +7,15 @@ from torch import Tensor
 from metaopt.experts import (
     ExpertsConfig,
     TeacherConfig,
-    TeacherState,
     attach_experts,
     expert_layout,
     init_teacher,
     proximal_loss,
     restore,
     select_anchor,
-    teacher_cross_entropy,
     teacher_logits,
     update_teacher,
 )
-from metaopt.files import atomic_save, safe_load
 from metaopt.measure import state_mib
 from metaopt.models import SourceModel
 from metaopt.parameters import adapted_layout
@@ -87,14 +84,6 @@ def test_frozen_tensors_have_no_second_copy() -> None:
     assert used == storages | {model.get_parameter(name).untyped_storage().data_ptr() for name in frozen}
 
 
-def test_cross_entropy_with_the_teacher() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits, target = (torch.randn(4, 5, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    loss = teacher_cross_entropy(logits, target)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target.softmax(1), reduction="none"))
-    assert torch.autograd.grad(loss.sum(), target, allow_unused=True)[0] is None
-
-
 @pytest.mark.parametrize("group", ["tensor", "expert"])
 @pytest.mark.parametrize("squared", [False, True])
 def test_proximal_loss(group: str, squared: bool) -> None:
@@ -157,49 +146,3 @@ def test_restore_sets_a_few_scalars_back() -> None:
         state = torch.get_rng_state()
         restore(config, parameters, initial, 3)
         assert torch.equal(torch.get_rng_state(), state)
-
-
-def run(
-    model: SourceModel, start: tuple[Parameters, TeacherState], initial: Parameters, batches: Tensor
-) -> tuple[Parameters, TeacherState]:
-    """The published step, with plain gradient descent for its Adam."""
-    parameters, state = start
-    config = TeacherConfig(restore=0.05)
-    for images in batches:
-        target = teacher_logits(model, state, images)
-        tracked = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
-        logits = torch.func.functional_call(model, tracked, (images,)).logits
-        loss = teacher_cross_entropy(logits, target).mean()
-        loss = loss + config.proximal * proximal_loss(config, tracked, select_anchor(config, state, initial))
-        gradients = torch.autograd.grad(loss, list(tracked.values()), allow_unused=True)
-        parameters = {
-            name: tensor.detach() - 0.05 * (0 if gradient is None else gradient)
-            for (name, tensor), gradient in zip(tracked.items(), gradients, strict=True)
-        }
-        step, state = state.step, update_teacher(config, state, parameters)
-        parameters = restore(config, parameters, initial, step)
-    return parameters, state
-
-
-def test_a_run_in_two_parts_is_a_run_in_one(tmp_path) -> None:
-    model, _, initial = student()
-    batches = torch.rand(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    whole, state = run(model, (initial, init_teacher(initial)), initial, batches)
-    assert any(not torch.equal(whole[name], initial[name]) for name in initial)
-    half = run(model, (initial, init_teacher(initial)), initial, batches[:2])
-    atomic_save({"parameters": half[0], "teacher": half[1].to_dict()}, tmp_path / "half.pt")
-    stored = safe_load(tmp_path / "half.pt")
-    again = TeacherState.from_dict(stored["teacher"], init_teacher(initial))
-    parts, parts_state = run(model, (stored["parameters"], again), initial, batches[2:])
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert all(torch.equal(state.average[name], parts_state.average[name]) for name in whole)
-    assert torch.equal(state.step, parts_state.step)
-
-
-def test_a_teacher_of_another_model_is_refused() -> None:
-    _, _, parameters = student()
-    state = init_teacher(parameters)
-    values = state.to_dict()
-    values["average"].popitem()
-    with pytest.raises(ValueError, match="the saved teacher is of another model"):
-        TeacherState.from_dict(values, state)

@@ -11,6 +11,7 @@ from metaopt.models import SourceModel
 from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.gate import LearnedGate, stepped
+from metaopt.policy.response import opening, respond, sense
 from metaopt.policy.state import detached_state
 
 from .cases import ALL_TERMS, TeacherLoss, mean_loss, policy_for, start, take, task, tiny_resnet
@@ -56,14 +57,14 @@ def replayed(policy: AdaptationPolicy, network: SourceModel, batches: list[MetaB
     parameters, moves, slopes, decisions = detached(start(network)), [], [], []
     state = policy.init(parameters)
     for position, batch in enumerate(batches):
-        sensed = policy.sense(network, parameters, state, batch.images)
-        leaves, state = policy.restore(network, parameters, state, sensed)
+        sensed = sense(policy, network, parameters, state, batch.images)
+        leaves, state = respond(policy, network, parameters, state, sensed)
         output = policy.evaluate(network, leaves, batch.images)
         assert output.loss is not None and policy.rule is not None
         inner = gradients_of(output.loss, leaves, retain_graph=True)
         if position > 0:
             slopes.append(gradients_of(TeacherLoss()(output, batch), leaves))
-        z = policy.opening(state, sensed)
+        z = opening(policy, state, sensed)
         assert z is not None
         updates, rule = policy.rule.update(inner, state.rule)
         opens = z.item() > 0

@@ -8,6 +8,7 @@ from metaopt.inner_loop import MetaBatch, gradients_of
 from metaopt.models import SourceModel
 from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy, RestorationConfig, SourceRestoration
+from metaopt.policy.response import respond, sense
 from metaopt.policy.state import detached_state
 
 from .cases import ALL_TERMS, MODELS, TeacherLoss, policy_for, start, take, task
@@ -56,8 +57,8 @@ def noted_slopes(policy: AdaptationPolicy, network: SourceModel, batches: list[M
     parameters, notes = detached(start(network)), []
     state = policy.init(parameters)
     for batch in batches:
-        sensed = policy.sense(network, parameters, state, batch.images)
-        now, here = policy.restore(network, parameters, state, sensed)
+        sensed = sense(policy, network, parameters, state, batch.images)
+        now, here = respond(policy, network, parameters, state, sensed)
         leaves = detached(now)
         output = policy.evaluate(network, leaves, batch.images)
         assert output.loss is not None and policy.rule is not None
@@ -81,7 +82,7 @@ def linear_loss(
         end = min(begin + (truncation or steps), steps)
         for position in range(begin, end + 1):
             _, _, sensed, inner, meta = notes[position]
-            parameters, state = policy.restore(network, parameters, state, sensed)
+            parameters, state = respond(policy, network, parameters, state, sensed)
             if position > begin:
                 total += sum(float((meta[name] * tensor).sum().detach()) for name, tensor in parameters.items()) / steps
             updates, rule = policy.rule.update(inner, state.rule)

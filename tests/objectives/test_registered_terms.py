@@ -24,8 +24,9 @@ def random_output(dtype: torch.dtype = torch.float32, samples: int = SAMPLES) ->
     generator = torch.Generator().manual_seed(3)
     features = tuple(torch.randn(samples, width, generator=generator, dtype=torch.float64) for width in WIDTHS)
     logits = torch.randn(samples, CLASSES, generator=generator, dtype=torch.float64)
-    view = torch.randn(samples, CLASSES, generator=generator, dtype=torch.float64)
-    return ForwardOutput(logits.to(dtype), tuple(block.to(dtype) for block in features), view.to(dtype))
+    view, teacher = (torch.randn(samples, CLASSES, generator=generator, dtype=torch.float64) for _ in range(2))
+    features = tuple(block.to(dtype) for block in features)
+    return ForwardOutput(logits.to(dtype), features, view.to(dtype), teacher.to(dtype))
 
 
 def extreme_output(gap: float, samples: int = SAMPLES) -> ForwardOutput:
@@ -35,7 +36,8 @@ def extreme_output(gap: float, samples: int = SAMPLES) -> ForwardOutput:
     features = tuple(block.clone() for block in random_output(samples=samples).features)
     features[0][:, 0] = 0.0
     features[1][:, 1] = 0.1
-    return ForwardOutput(logits, features, logits.roll(1, dims=1))  # the view predicts what the image rules out
+    other = logits.roll(1, dims=1)  # view and teacher predict what the image rules out
+    return ForwardOutput(logits, features, other, other)
 
 
 def leaves(output: ForwardOutput) -> tuple[Tensor, ...]:
@@ -81,9 +83,9 @@ def test_scalar_is_the_mean_over_the_samples(name: str) -> None:
 def test_order_of_the_batch_does_not_matter(name: str) -> None:
     output = random_output(torch.float64)
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))
-    assert output.view_logits is not None
+    assert output.view_logits is not None and output.teacher_logits is not None
     features = tuple(block[order] for block in output.features)
-    shuffled = ForwardOutput(output.logits[order], features, output.view_logits[order])
+    shuffled = ForwardOutput(output.logits[order], features, output.view_logits[order], output.teacher_logits[order])
     objective = WeightedObjective({name: 1.0})
     given = statistics(torch.float64)
     torch.testing.assert_close(
@@ -118,9 +120,9 @@ def test_type_and_device_of_the_output_are_kept(name: str, dtype: torch.dtype) -
 def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     half = random_output(dtype)
     half = half._replace(features=tuple(300 * block for block in half.features))  # squares overflow float16
-    assert half.view_logits is not None
+    assert half.view_logits is not None and half.teacher_logits is not None
     features = tuple(block.float() for block in half.features)
-    single = ForwardOutput(half.logits.float(), features, half.view_logits.float())
+    single = ForwardOutput(half.logits.float(), features, half.view_logits.float(), half.teacher_logits.float())
     objective = WeightedObjective({name: 1.0})
     values = objective.terms(half, statistics())
     assert values[name].dtype == torch.float32
@@ -165,7 +167,6 @@ def test_a_bad_registration_is_refused(registry: dict, name: str, message: str) 
 def test_an_unknown_term_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown objective term 'entropi'.*did you mean 'entropy'\?"):
         get_term("entropi")
-    with pytest.raises(
-        ConfigError, match=r"'zzz'; known terms: entropy, filtered, slr, diversity, discrepancy, consistency; choose"
-    ):
+    known = "entropy, filtered, slr, diversity, discrepancy, consistency, teacher"
+    with pytest.raises(ConfigError, match=f"'zzz'; known terms: {known}; choose"):
         get_term("zzz")

@@ -16,6 +16,7 @@ from metaopt.objectives import (
     negative_mean_entropy,
     soft_likelihood_ratio,
     softmax_entropy,
+    teacher_cross_entropy,
     view_consistency,
 )
 from metaopt.types import SourceStatistics
@@ -275,3 +276,12 @@ def test_consistency_matches_numpy_and_both_views_learn() -> None:
 def test_consistency_without_a_view_is_answered_with_how_to_give_it() -> None:
     with pytest.raises(ConfigError, match=r"'consistency' got no logits of an augmented view.*view_logits"):
         view_consistency(random_logits(), None)
+
+
+def test_teacher_cross_entropy_is_torchs_and_the_teacher_is_a_constant() -> None:
+    logits, target = random_logits().requires_grad_(), random_logits().flip(0).requires_grad_()
+    values = teacher_cross_entropy(logits, target)
+    torch.testing.assert_close(values, torch.nn.functional.cross_entropy(logits, target.softmax(1), reduction="none"))
+    assert torch.autograd.grad(values.sum(), target, allow_unused=True)[0] is None
+    with pytest.raises(ConfigError, match=r"'teacher' got no logits of a teacher.*method.teacher"):
+        teacher_cross_entropy(logits, None)
