@@ -13,7 +13,8 @@ from metaopt.errors import ConfigError, DataError
 from metaopt.measure import Monitor, read_scalars
 from metaopt.online import OnlineAdapter, RunReport, run_stream
 from metaopt.online import run as module
-from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRestoration, build_method
+from metaopt.policy.gate import PeriodicGate
 
 from ..tiny import random_images, tiny_model, tiny_net, tiny_policy
 
@@ -262,3 +263,19 @@ def test_refusals() -> None:
     for size in (0, -1):
         with pytest.raises(DataError, match=f"batch_size is {size}"):
             run_stream(new_adapter("bn"), two_domains(), batch_size=size)
+
+
+def test_a_stream_that_shifts_is_told_by_distance_and_count(tmp_path: Path) -> None:
+    clean = domain("clean", 64, 1)
+    dark = Domain("dark", 5.0, 64, lambda: ImageSet(clean.images.images // 4, clean.images.labels))
+    policy = tiny_policy(tiny_model())
+    policy.restoration, policy.gate = SourceRestoration(), PeriodicGate(2)
+    with Monitor(tmp_path) as monitor:
+        stream = [clean, dark]
+        adapter = OnlineAdapter(tiny_model(), policy)
+        report = run_stream(adapter, stream, setting="continual", batch_size=16, monitor=monitor)
+    distances = [value for _, value in read_scalars(tmp_path, "online/shift_distance")]
+    assert len(distances) == 8 and max(range(8), key=distances.__getitem__) == 4 and distances[4] > 6
+    assert report.guard_events == {"nonfinite": 0, "restored": 1, "skipped": 4}
+    assert report.updates == 4
+    assert [value for _, value in read_scalars(tmp_path, "online/guard/restored")] == [0, 0, 0, 0, 1, 1, 1, 1]
