@@ -111,10 +111,10 @@ def show(settings: OnlineSettings, report: RunReport, out: Path) -> None:
     ratio = "-" if report.ratio_to_forward is None else f"{report.ratio_to_forward:.2f}"
     within = "" if settings.budget_mib is None else f" of a budget of {settings.budget_mib:g}"
     print(f"held for backward: {report.held_mib:.1f} MiB{within}, state: {report.state_mib:.1f} MiB")
-    print(f"time of a step: {ratio} plain forward passes")
-    refused = {name: count for name, count in report.guard_events.items() if count}
-    if refused:
-        print("updates refused:", ", ".join(f"{name} {count}" for name, count in refused.items()))
+    mean = "" if report.mean_ratio_to_forward is None else f" (median; {report.mean_ratio_to_forward:.2f} in the mean)"
+    print(f"time of a step: {ratio} plain forward passes{mean}")
+    events = "".join(f", {name} {count}" for name, count in report.guard_events.items() if count)
+    print(f"updates: {report.updates}{events}")
     print(f"predictions.csv, memory.csv, summary.json and curves in {out}")
 
 

@@ -114,7 +114,7 @@ class Results:
             )
             for key, runs in groups.items()
         ]
-        columns += ["error %", "ECE %", "held MiB", "step / forward"]
+        columns += ["error %", "ECE %", "held MiB", "step / forward", "in the mean"]
         closing_table("Mean over the corruptions, ± standard deviation over the runs", columns, rows)
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
@@ -161,17 +161,20 @@ def _rows(arm: Arm, seed: int, report: RunReport) -> Iterator[dict[str, Any]]:
             "step_ms_p50": report.step_ms_p50,
             "forward_ms_p50": report.forward_ms_p50,
             "ratio_to_forward": report.ratio_to_forward,
+            "mean_ratio_to_forward": report.mean_ratio_to_forward,
+            "updates": report.updates,
             "nonfinite": report.guard_events.get("nonfinite", 0),
         }
 
 
-def _figures(runs: Sequence[RunReport]) -> tuple[str, str, str, str]:
-    """Error, ECE, held MiB and ratio to forward as the table shows them."""
+def _figures(runs: Sequence[RunReport]) -> tuple[str, str, str, str, str]:
+    """Error, ECE, held MiB and both ratios to forward as the table shows them."""
     return (
         _spread([run.mean_error for run in runs]),
         _spread([run.mean_ece for run in runs]),
         f"{max(run.held_mib for run in runs):.1f}",
         _spread([run.ratio_to_forward for run in runs]),
+        _spread([run.mean_ratio_to_forward for run in runs]),
     )
 
 

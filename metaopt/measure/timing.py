@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import fmean
 
 import numpy
 import torch
@@ -66,6 +67,13 @@ class Stopwatch:
         """Median step over median forward pass; None while either was not timed."""
         step, forward = self.step_ms_p50, self.forward_ms_p50
         return step / forward if step is not None and forward else None
+
+    @property
+    def mean_ratio_to_forward(self) -> float | None:
+        """Mean step over mean forward pass: what a stream costs where steps are unlike; None as above."""
+        if not self.step_ms or not self.forward_ms:
+            return None
+        return fmean(self.step_ms) / fmean(self.forward_ms)
 
     @contextmanager
     def _timed(self, record: list[float]) -> Iterator[None]:

@@ -41,7 +41,8 @@ class RunReport:
     step_ms_p50: float | None
     step_ms_p99: float | None
     forward_ms_p50: float | None
-    ratio_to_forward: float | None
+    ratio_to_forward: float | None  # of the medians
+    mean_ratio_to_forward: float | None  # of the means, where some steps update and others do not
     updates: int
     guard_events: dict[str, int]
     layers: list[LayerMemory] = field(default_factory=list)  # of the metered step
@@ -74,6 +75,7 @@ class RunReport:
             "step_ms_p99": self.step_ms_p99,
             "forward_ms_p50": self.forward_ms_p50,
             "ratio_to_forward": self.ratio_to_forward,
+            "mean_ratio_to_forward": self.mean_ratio_to_forward,
             "updates": self.updates,
             "guard_events": self.guard_events,
             "domains": [
@@ -221,6 +223,7 @@ class _Run:
             step_ms_p99=watch.step_ms_p99,
             forward_ms_p50=watch.forward_ms_p50,
             ratio_to_forward=watch.ratio_to_forward,
+            mean_ratio_to_forward=watch.mean_ratio_to_forward,
             updates=self.updates,
             guard_events=dict(self.guard_events),
             layers=self.layers,

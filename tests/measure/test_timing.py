@@ -35,12 +35,15 @@ def test_percentiles_of_known_times():
     assert watch.step_ms_p99 == 99.0
     assert watch.forward_ms_p50 == 20.0
     assert watch.ratio_to_forward == 2.5
+    watch.step_ms, watch.forward_ms = [10.0, 10.0, 40.0], [10.0, 10.0]
+    assert watch.ratio_to_forward == 1.0 and watch.mean_ratio_to_forward == 2.0
     assert percentile([1.0, 2.0], 50) == 1.5
 
 
 def test_nothing_timed_gives_none():
     watch = Stopwatch()
     assert watch.step_ms_p50 is None and watch.step_ms_p99 is None and watch.ratio_to_forward is None
+    assert watch.mean_ratio_to_forward is None
     with watch.step():
         pass
     assert watch.ratio_to_forward is None
