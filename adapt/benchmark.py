@@ -14,6 +14,7 @@ from metaopt.configs.assemble import (
     fairness_note,
     load_model,
     statistics_of,
+    take_policy,
 )
 from metaopt.errors import BudgetError
 from metaopt.files import ensure_writable_folder
@@ -29,10 +30,11 @@ def run(settings: BenchmarkSettings) -> None:
     streams = {seed: build_stream(settings.data, seed) for seed in settings.seeds}
     out = ensure_writable_folder(settings.out)
     model = load_model(settings.model, settings.source, device)
+    statistics = cache(lambda: statistics_of(settings, model, device))
+    policies = {path: take_policy(policy, settings.transfer, model, statistics) for path, policy in policies.items()}
     for policy in policies.values():
         check_source(policy, model)
     check_stream(streams[settings.seeds[0]], model, device)
-    statistics = cache(lambda: statistics_of(settings, model, device))
     listed = list(arms(settings))
     methods = [
         assemble_method(arm.method, None if arm.policy is None else policies[arm.policy], statistics) for arm in listed

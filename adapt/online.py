@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from metaopt.configs.assemble import (
     fairness_note,
     load_model,
     statistics_of,
+    take_policy,
 )
 from metaopt.data import Batch
 from metaopt.files import atomic_write_text, ensure_writable_folder
@@ -36,7 +38,10 @@ def run(settings: OnlineSettings) -> None:
     out = ensure_writable_folder(settings.out)
     model = load_model(settings.model, settings.source, device)
     check_stream(stream, model, device)
-    method = assemble_method(settings.method, policy, lambda: statistics_of(settings, model, device))
+    statistics = cache(lambda: statistics_of(settings, model, device))
+    if policy is not None:
+        policy = take_policy(policy, settings.transfer, model, statistics)
+    method = assemble_method(settings.method, policy, statistics)
     assert settings.memory is not None
     adapter = OnlineAdapter(model, method, memory=settings.memory, budget_mib=settings.budget_mib)
     predictions = Predictions()

@@ -17,7 +17,7 @@ from metaopt.meta import MetaTrainConfig, TaskConfig
 from metaopt.models import SourceModel, load_source_model
 from metaopt.objectives import source_statistics
 from metaopt.objectives.registry import get_term
-from metaopt.policy import AdaptationPolicy, RestorationConfig, build_method
+from metaopt.policy import AdaptationPolicy, RestorationConfig, SourceRecord, build_method, transferred
 from metaopt.source_training import train_digits_source
 from metaopt.types import SourceStatistics
 
@@ -191,6 +191,25 @@ def _needs_statistics(section: MethodSection, policy: AdaptationPolicy | None) -
     if section.update == "none" or not own or (policy is not None and policy.statistics is not None):
         return False
     return any(get_term(name).needs_features for name, weight in section.objective.items() if weight != 0)
+
+
+def take_policy(
+    policy: AdaptationPolicy, transfer: str | None, model: SourceModel, statistics: Callable[[], SourceStatistics]
+) -> AdaptationPolicy:
+    """The policy as it is, or, where it is transferred, for this model: then a line on each part is printed.
+
+    Args:
+        policy: meta-trained.
+        transfer: ``generator``, or None.
+        model: the one to adapt.
+        statistics: as in :func:`assemble_method`.
+    """
+    if transfer is None or policy.source == SourceRecord.of(model):
+        return policy
+    found, notes = transferred(policy, model, statistics)
+    assert policy.source is not None
+    print(f"transferred from {policy.source.spec.name} to {model.spec.name}:", *notes, sep="\n  ")
+    return found
 
 
 def statistics_of(settings: UsesSourceImages, model: SourceModel, device: torch.device) -> SourceStatistics:

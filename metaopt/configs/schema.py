@@ -25,6 +25,7 @@ from metaopt.sparsity import Rate
 
 SETTINGS = ("reset", "continual")
 MEMORIES = ("dense", "exact", "compact", "pruned")
+TRANSFERS = ("generator",)
 BUDGETED = ("compact", "pruned")  # memories that have something to choose
 
 
@@ -45,6 +46,12 @@ def check_memory(memory: str | None, budget_mib: float | None, key: str = "budge
             f"{', '.join(BUDGETED)}: set memory=pruned"
         )
     return memory
+
+
+def check_transfer(transfer: str | None) -> None:
+    """Refuse what cannot be transferred."""
+    if transfer is not None:
+        check_one_of("transfer", transfer, TRANSFERS)
 
 
 def _check_source_images(data: DataSection, source: SourceSection) -> None:
@@ -118,6 +125,7 @@ class OnlineSettings:
     source: SourceSection
     method: MethodSection
     policy_path: str | None
+    transfer: str | None  # what of a policy of another model is used; None: such a policy is refused
     setting: str
     n_unlabeled: int
     batch_size: int
@@ -130,6 +138,7 @@ class OnlineSettings:
     def __post_init__(self) -> None:
         """Check each value and what they need of one another."""
         check_one_of("setting", self.setting, SETTINGS)
+        check_transfer(self.transfer)
         self.memory = check_memory(self.memory, self.budget_mib)
         for key, least in (("n_unlabeled", 2), ("batch_size", 1), ("seed", 0)):
             check_at_least(key, getattr(self, key), least)
@@ -148,6 +157,7 @@ class BenchmarkSettings:
     method: dict[str, MethodSection]  # settings of each method by its name
     methods: list[str]  # the rows; a method with a policy has one row for each policy
     policy_path: list[str]
+    transfer: str | None  # as in OnlineSettings
     settings: list[str]
     rates: list[float]  # learning rates of every method with Adam or SGD, a row for each; empty: method.NAME.lr
     seeds: list[int]
@@ -161,6 +171,7 @@ class BenchmarkSettings:
 
     def __post_init__(self) -> None:
         """Check each value and what they need of one another."""
+        check_transfer(self.transfer)
         for name in self.methods:
             check_one_of("methods", name, tuple(self.method))
         for setting in self.settings:

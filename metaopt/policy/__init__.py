@@ -13,3 +13,4 @@ from metaopt.policy.policy import AdaptationPolicy as AdaptationPolicy
 from metaopt.policy.restoration import RestorationConfig as RestorationConfig
 from metaopt.policy.restoration import SourceRestoration as SourceRestoration
 from metaopt.policy.state import PolicyState as PolicyState
+from metaopt.policy.transfer import transferred as transferred

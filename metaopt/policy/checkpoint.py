@@ -155,7 +155,7 @@ def check_source(policy: AdaptationPolicy, model: nn.Module) -> None:
     if trained.name != given.name:
         raise CheckpointError(
             f"the policy was trained on {trained.name} and the model is {given.name}; allowed is the same "
-            f"architecture: set model={trained.name} or train a policy for {given.name}"
+            f"architecture: set model={trained.name}, train a policy for {given.name}, or set transfer=generator"
         )
     if trained.num_classes != given.num_classes:
         raise CheckpointError(
@@ -171,5 +171,5 @@ def check_source(policy: AdaptationPolicy, model: nn.Module) -> None:
     if policy.source.sha256 != found:
         raise CheckpointError(
             f"the policy was trained on weights {policy.source.sha256[:12]} and the model's are {found[:12]}; allowed "
-            "are the same weights: set model.checkpoint to their file, or train a policy for these"
+            "are the same weights: set model.checkpoint to their file, train one for these, or set transfer=generator"
         )

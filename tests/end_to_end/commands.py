@@ -39,10 +39,10 @@ def command(path: str) -> Command:
     return cast(Command, module.main)
 
 
-def write_model(path: Path) -> None:
+def write_model(path: Path, seed: int = 0) -> None:
     """A ResNet-20 that has seen the digits' training images once: better than chance, in a second."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = load_source_model("cifar_resnet20")
     recipe = Recipe(optimizer="sgd", lr=0.05, epochs=1, max_rotation=0.0)
     data = load_digits().source.take(300)

@@ -12,7 +12,7 @@ import torch
 from metaopt.data import load_digits
 from metaopt.measure import read_scalars
 
-from .commands import TINY_STREAM, command
+from .commands import TINY_STREAM, command, write_model
 
 online = command("adapt/online.py")
 benchmark = command("adapt/benchmark.py")
@@ -91,6 +91,22 @@ def test_the_same_command_gives_the_same_predictions(workspace: Path) -> None:
     for out in ("one", "two"):
         assert online(["method=tent", "method.lr=0.01", *TINY_STREAM, f"out={out}"]) == 0
     assert (workspace / "one/predictions.csv").read_text() == (workspace / "two/predictions.csv").read_text()
+
+
+def test_a_policy_runs_on_another_model_where_it_is_told_to(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(workspace / "other.pt", seed=1)
+    arguments = ["--policy", "ckpt.pt", *TINY_STREAM, "model.checkpoint=other.pt", "out=out"]
+    assert online(arguments) == 2
+    assert "transfer=generator" in capsys.readouterr().err
+    assert online([*arguments, "transfer=generator"]) == 0
+    out = capsys.readouterr().out
+    assert "transferred from cifar_resnet20 to cifar_resnet20:" in out and "gradient memory: as learned" in out
+    assert summary_of(workspace / "out")["updates"] == 6
+    assert benchmark(["methods=[policy]", "policy_path=[ckpt.pt]", *arguments[2:], "transfer=generator"]) == 0
+    assert online([*arguments, "transfer=weights"]) == 2
+    assert "transfer=weights is unknown; allowed are generator" in capsys.readouterr().err
 
 
 def test_own_images_without_labels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
