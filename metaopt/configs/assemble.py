@@ -11,6 +11,7 @@ from metaopt.configs.sections import DataSection, MethodSection, ModelSection, S
 from metaopt.data import Stream, arrays_stream, cifar_c_stream, digits_stream, generator_for, load_arrays, load_digits
 from metaopt.data.images import to_float
 from metaopt.errors import ConfigError, DataError
+from metaopt.experts import LearnedExpertsConfig, TeacherConfig
 from metaopt.generator import GeneratorConfig
 from metaopt.inner_loop.unroll import UnrollConfig
 from metaopt.meta import MetaTrainConfig, TaskConfig
@@ -148,6 +149,8 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
         restoration=RestorationConfig() if meta.restoration else None,
         carry=meta.carry if meta.restoration else 0.0,
         update_rate=meta.update_rate,
+        experts=None if settings.experts is None else LearnedExpertsConfig.from_dict(settings.experts),
+        teacher=None if settings.teacher is None else TeacherConfig.from_dict(settings.teacher),
         rates=meta.rates,
         loss=meta.loss,
         tempered=meta.tempered,

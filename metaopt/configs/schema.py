@@ -6,6 +6,7 @@ The YAML files hold the values and say which settings exist; these classes hold 
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from metaopt.configs.sections import (
     PRUNINGS,
@@ -93,6 +94,8 @@ class MetaTrainSettings:
     source: SourceSection
     generator: GeneratorSection
     objective: dict[str, float]  # weight of each term at the start; 0 leaves it out
+    experts: dict[str, Any] | None  # settings of metaopt.experts.LearnedExpertsConfig; None: no experts
+    teacher: dict[str, Any] | None  # settings of metaopt.experts.TeacherConfig; None: no teacher
     meta: MetaSection
     n_unlabeled: int
     batch_size: int

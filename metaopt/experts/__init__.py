@@ -12,6 +12,8 @@ from metaopt.experts.cost import expert_costs as expert_costs
 from metaopt.experts.dropout import spatial_dropout as spatial_dropout
 from metaopt.experts.gates import ActivationSparsityGate as ActivationSparsityGate
 from metaopt.experts.gates import DomainAwareGate as DomainAwareGate
+from metaopt.experts.learned import LearnedExperts as LearnedExperts
+from metaopt.experts.learned import LearnedExpertsConfig as LearnedExpertsConfig
 from metaopt.experts.mixture import ExpertMixture as ExpertMixture
 from metaopt.experts.sites import Site as Site
 from metaopt.experts.sites import SitePredicate as SitePredicate

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Site:
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives for a checkpoint."""
-        return {"name": self.name, "placement": self.placement, "width": self.width, "axis": self.axis}
+        return asdict(self)
 
 
 def find_sites(network: nn.Module, predicate: SitePredicate | None, images: Tensor) -> list[Site]:

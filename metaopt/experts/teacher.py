@@ -135,7 +135,7 @@ def proximal_loss(config: TeacherConfig, parameters: Parameters, anchor: Paramet
     anchors = split_experts(anchor)
     distances: list[Tensor] = []
     for site, tensors in split_experts(parameters).items():
-        squares = [(tensor - anchors[site][role].detach()).square() for role, tensor in tensors.items()]
+        squares = [(tensor - anchors[site][role]).square() for role, tensor in tensors.items()]
         # (E,) each: the first axis counts the experts.
         per_tensor = [square.flatten(1).sum(dim=1) for square in squares]
         distances += [torch.stack(per_tensor).sum(dim=0)] if config.group == "expert" else per_tensor

@@ -72,6 +72,18 @@ class ExpertUsage:
             raise DataError(f"no expert usage of domain {domain!r}; allowed are {', '.join(self.domains) or 'none'}")
         return self._sums[domain]
 
+    def by_expert(self, model: nn.Module, domain: str) -> dict[str, float]:
+        """Mean weight of each expert over the domain's tokens and all sites, by a name for a tag, such as ``low_0``.
+
+        Raises:
+            DataError: nothing was recorded of the domain.
+        """
+        names = [name.replace(" ", "_") for name in expert_names(get_experts(model))]
+        return dict(zip(names, self._mean(domain).tolist(), strict=True))
+
+    def _mean(self, domain: str) -> Tensor:
+        return torch.stack([*self.weights(domain).values()]).mean(dim=0)
+
     def to_dict(self) -> dict[str, dict[str, list[float]]]:
         """Mean weights as primitives: domain -> site -> one number for each expert."""
         return {
@@ -87,9 +99,8 @@ class ExpertUsage:
         """
         if not self._sums:
             raise DataError("no expert usage was recorded; allowed are figures of at least one domain: record one")
-        means = [torch.stack([*self.weights(domain).values()]).mean(dim=0) for domain in self.domains]
-        low, count = experts.config.low_experts, experts.config.experts
-        names = [f"{'low' if index < low else 'high'} {index}" for index in range(count)]
+        means = [self._mean(domain) for domain in self.domains]
+        count, names = experts.config.experts, expert_names(experts)
         figure = Figure(figsize=(1.5 + 0.6 * count, 1.2 + 0.3 * len(means)), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(torch.stack(means).numpy(), aspect="auto", cmap="viridis")
@@ -98,3 +109,8 @@ class ExpertUsage:
         axes.set_title("Mean weight of each expert")
         figure.colorbar(image)
         return figure
+
+
+def expert_names(experts: Experts) -> list[str]:
+    """A name for each expert of a mixture; domain-specific ones are "low"."""
+    return [f"{'low' if i < experts.config.low_experts else 'high'} {i}" for i in range(experts.config.experts)]

@@ -13,3 +13,4 @@ from metaopt.inner_loop.unroll import MetaBatch as MetaBatch
 from metaopt.inner_loop.unroll import MetaGradient as MetaGradient
 from metaopt.inner_loop.unroll import UnrollConfig as UnrollConfig
 from metaopt.inner_loop.unroll import learned_tensors as learned_tensors
+from metaopt.inner_loop.unroll import squares_by_part as squares_by_part

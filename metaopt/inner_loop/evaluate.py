@@ -26,6 +26,7 @@ def unrolled_loss(
     Works for every method, those that never update included. ``parameters`` are not changed.
     """
     with torch.no_grad():
+        parameters = policy.start(parameters)
         state = policy.init(parameters)
     return deployed(policy, model, parameters, state, batches, meta_loss).losses
 

@@ -6,6 +6,9 @@ where the network's gradients along the way count as constants. It is computed a
 unroll*: a first pass adapts as deployment does and notes, at each position, the gradients of the inner loss and of the
 meta-loss; a second pass replays the rule alone on losses :math:`\langle g_t, \theta \rangle`, whose gradients are the
 noted ones. The network's graph never outlives its own step, so memory does not grow with K.
+
+Learned first values of experts are where the replay starts: their gradient is :math:`\sum_t \nabla L_t`, and what the
+rule's steps add to it. Learned gates act in the forward pass: theirs is the direct derivative of each L_t.
 """
 
 from contextlib import nullcontext
@@ -22,6 +25,7 @@ from metaopt.policy.gate import GateState, stepped, straight_through
 from metaopt.policy.response import opening, respond, sense
 from metaopt.policy.shift import Sensed
 from metaopt.policy.state import PolicyState, detached_state
+from metaopt.policy.taught import settle
 from metaopt.sparsity.head import LearnedRates
 from metaopt.sparsity.importance import gradient_importance, learning_layers
 from metaopt.types import Parameters, StepOutput
@@ -56,6 +60,7 @@ class FirstOrderUnroll(Unroll):
                 parameters, state = notes.starts[start]
                 parameters = detached(parameters)
                 if fresh and start == 0:
+                    parameters = self.begin(parameters)
                     state = self.policy.init(parameters)
                 self.accumulate(self._replay(parameters, state, notes, start, stop))
         return last
@@ -71,15 +76,16 @@ class FirstOrderUnroll(Unroll):
             if position < stop:
                 products = [weight * torch.dot(flatten(each), flat) for weight, each in notes.inner[position]]
                 moved, rule_state = self.apply(torch.stack(products).sum(), parameters, state.rule)
+                moved, teacher = settle(self.policy, self.model, moved, state.teacher)
+                after = replace(state, rule=rule_state, teacher=teacher)
                 z = opening(self.policy, state, notes.sensed[position])
                 if z is None:
-                    parameters, state = moved, replace(state, rule=rule_state)
+                    parameters, state = moved, after
                 else:
                     decision = straight_through(z)
                     scores.append(self.update_price * decision)
                     parameters = {name: torch.lerp(old, moved[name], decision) for name, old in parameters.items()}
-                    state = replace(state, rule=rule_state if z.item() > 0 else state.rule)
-                    state = replace(state, gate=notes.gates[position])
+                    state = replace(after if z.item() > 0 else state, gate=notes.gates[position])
         return torch.stack(scores).sum()
 
     def _pick_steps(self) -> None:
@@ -96,7 +102,9 @@ class FirstOrderUnroll(Unroll):
         """First pass: note the gradients along the way; return parameters and state after the last step."""
         starts = {start for start, _ in self.segments()}
         with torch.no_grad():
-            state = self.policy.init(parameters) if state is None else state
+            if state is None:
+                parameters = self.policy.start(parameters)
+                state = self.policy.init(parameters)
         for position in range(self.steps + 1):
             if position in starts:
                 notes.starts[position] = (detached(parameters), detached_state(state))
@@ -131,18 +139,26 @@ class FirstOrderUnroll(Unroll):
         """One forward pass and its backward passes. The network's graph ends with this call."""
         probe = RateProbe(self.model, learning_layers(leaves)) if position == self.rate_step else None
         with torch.enable_grad(), nullcontext() if probe is None else probe.watching():
-            output = self.policy.evaluate(self.model, leaves, batch.images, position)
+            output = self.policy.evaluate(self.model, leaves, batch.images, position, state.teacher)
             notes.logits = [output.logits.detach()]
             spoiled = None if probe is None else self._spoiled(probe, output, leaves, state)
             score = self.meta_loss(output, batch) if position > 0 else None
             shared = score is not None and self.meta_loss.own_objective and position not in self.term_steps
+            shared = shared and not self.direct
             inner = None
             if position < self.steps:
                 inner = self._inner_gradients(output, leaves, position, keep=score is not None and not shared)
             if score is not None:
-                notes.meta.append(inner[0][1] if shared and inner is not None else gradients_of(score, leaves))
+                notes.meta.append(inner[0][1] if shared and inner is not None else self._scored(score, leaves))
                 self.losses.append(score.detach())
         return inner if inner is None or spoiled is None else [*inner, spoiled]
+
+    def _scored(self, score: Tensor, leaves: Parameters) -> Parameters:
+        """Gradient of the meta-loss in the adapted tensors; that in the gates is taken down at once."""
+        gradients = gradients_of(score, leaves | self.direct)
+        for name in self.direct:
+            self.gradients[name] = self.gradients[name] + gradients[name] / self.steps
+        return {name: gradients[name] for name in leaves}
 
     def _spoiled(
         self, probe: RateProbe, output: StepOutput, leaves: Parameters, state: PolicyState
@@ -169,6 +185,10 @@ class FirstOrderUnroll(Unroll):
             gradient = gradients_of(output.terms[name], leaves, retain_graph=True)
             fixed = weight.detach()
             pairs.append((fixed + scale * (weight - fixed), gradient))
+        if self.policy.pulls:
+            assert self.policy.teacher is not None
+            weight = output.loss.new_tensor(self.policy.teacher.proximal)
+            pairs.append((weight, gradients_of(output.terms["proximal"], leaves, retain_graph=True)))
         return pairs
 
     def _update(
@@ -182,5 +202,6 @@ class FirstOrderUnroll(Unroll):
             pruning = state.pruning
             if self.policy.pruning is not None:
                 pruning = self.policy.pruning.observe(gradient_importance(gradients, learning_layers(leaves)), pruning)
-            state = replace(state, rule=rule_state, pruning=pruning)
-            return {name: leaf - updates[name] for name, leaf in leaves.items()}, state
+            moved = {name: leaf - updates[name] for name, leaf in leaves.items()}
+            moved, teacher = settle(self.policy, self.model, moved, state.teacher)
+            return moved, replace(state, rule=rule_state, pruning=pruning, teacher=teacher)

@@ -83,6 +83,8 @@ class FullUnroll(Unroll):
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             for start, stop in self.segments():
                 parameters = detached(parameters)
+                if state is None:
+                    parameters = self.begin(parameters)
                 state = self.policy.init(parameters) if state is None else detached_state(state)
                 scores = []
                 for position in range(start, stop + 1):
@@ -93,8 +95,8 @@ class FullUnroll(Unroll):
                         )
                     else:
                         sensed = sense(self.policy, self.model, now, state, batch.images)
-                        now, _ = respond(self.policy, self.model, now, state, sensed)
-                        output = self.policy.evaluate(self.model, now, batch.images, position)
+                        now, here = respond(self.policy, self.model, now, state, sensed)
+                        output = self.policy.evaluate(self.model, now, batch.images, position, here.teacher)
                     if position > start:
                         scores.append(self.meta_loss(output, batch))
                 self.losses.extend(score.detach() for score in scores)

@@ -7,7 +7,7 @@ positions; its gradient in the learned tensors :math:`\varphi` is taken by :mod:
 Truncation cuts the graph every T steps: position t then only answers for the steps since the last cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError
+from metaopt.experts.mixture import EXPERT_TENSORS
 from metaopt.inner_loop.rates import RateTask
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import PolicyState
@@ -80,6 +81,26 @@ def learned_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in policy.named_parameters() if tensor.requires_grad}
 
 
+PARTS = {  # of a policy, by how the names of their learned tensors start and end
+    "generator": ("rule.", ""),
+    "objective": ("objective.", ""),
+    "rates": ("pruning.", ""),
+    "restoration": ("restoration.", ""),
+    "gate": ("gate.", ""),
+    "gates": ("learned_experts.", (".router.weight", ".router.bias")),
+    "experts": ("learned_experts.", EXPERT_TENSORS),
+}
+
+
+def squares_by_part(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum of squares of the meta-gradient in each part of the policy that learns, scalars."""
+    squares = {
+        part: [g.square().sum() for name, g in gradients.items() if name.startswith(start) and name.endswith(end)]
+        for part, (start, end) in PARTS.items()
+    }
+    return {part: torch.stack(found).sum() for part, found in squares.items() if found}
+
+
 class Unroll:
     """One unroll in progress: sums the meta-gradient segment by segment."""
 
@@ -99,6 +120,10 @@ class Unroll:
         self.meta_loss, self.apply, self.config = meta_loss, apply, config
         self.learned = learned_tensors(policy)
         self.gradients = {name: torch.zeros_like(tensor) for name, tensor in self.learned.items()}
+        experts = policy.learned_experts
+        gates = set() if experts is None else {id(tensor) for tensor in experts.gates().values()}
+        # Learned tensors that act in the forward pass itself, not through the rule.
+        self.direct = {name: tensor for name, tensor in self.learned.items() if id(tensor) in gates}
         self.losses: list[Tensor] = []
         self.rates, self.generator = rates, generator
         self.update_price, self.opened = update_price, list[bool]()
@@ -112,6 +137,13 @@ class Unroll:
         """First and last position of each stretch between two cuts."""
         length = self.config.truncation or self.steps
         return [(start, min(start + length, self.steps)) for start in range(0, self.steps, length)]
+
+    def begin(self, parameters: Parameters) -> Parameters:
+        """Where a fresh unroll starts: learned first values with their graph, all other tensors as leaves."""
+        started = self.policy.start(parameters)
+        return {
+            n: tensor if tensor.requires_grad else tensor.detach().requires_grad_() for n, tensor in started.items()
+        }
 
     def accumulate(self, total: Tensor) -> None:
         """Add the gradient of one segment's share of the mean meta-loss."""

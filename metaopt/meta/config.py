@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from metaopt.errors import ConfigError
+from metaopt.experts import LearnedExpertsConfig, TeacherConfig
 from metaopt.generator import GeneratorConfig
 from metaopt.inner_loop.backends import BACKENDS
 from metaopt.inner_loop.unroll import UnrollConfig
@@ -24,6 +25,8 @@ class MetaTrainConfig:
     objective: dict[str, float] = field(default_factory=lambda: {"slr": 1.0, "diversity": 1.0})
     tasks: TaskConfig = field(default_factory=TaskConfig)
     unroll: UnrollConfig = field(default_factory=UnrollConfig)
+    experts: LearnedExpertsConfig | None = None  # experts that adapt beside the norm layers; None: none
+    teacher: TeacherConfig | None = None  # of the policy; its proximal loss holds the experts
     # How the source comes back where the stream shifts, at the start; learned. None: it never does.
     restoration: RestorationConfig | None = field(default_factory=RestorationConfig)
     carry: float = 0.5  # probability that a task begins where the one before it ended
@@ -76,6 +79,11 @@ class MetaTrainConfig:
             )
         if not 0 <= self.carry <= 1:
             raise ConfigError(f"meta.carry is {self.carry}; a probability lies in [0, 1]: set for example 0.5")
+        if self.objective.get("teacher", 0) > 0 and self.teacher is None:
+            raise ConfigError(
+                "objective.teacher is set and there is no teacher; allowed without one are all other terms: set "
+                "recipe=experts, which has one, or objective.teacher=0"
+            )
         if not self.selection_shifts:
             raise ConfigError(
                 "meta.selection_shifts is empty; at least one shift is needed to choose the best epoch on: set "
@@ -103,4 +111,5 @@ class MetaTrainConfig:
         values["generator"] = self.generator.to_dict()
         values["tasks"]["strength"] = list(self.tasks.strength)
         values["selection_shifts"] = list(self.selection_shifts)
+        values["experts"] = None if self.experts is None else self.experts.to_dict()
         return values

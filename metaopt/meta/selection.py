@@ -41,8 +41,8 @@ def selection_loss(trainer: "MetaTrainer", tasks: Sequence[Task]) -> float:
     means, updates, parameters, state = [], 0, trainer.parameters, None
     for task in tasks:
         if state is None or trainer.config.carry == 0:
-            parameters = trainer.parameters
             with torch.no_grad():
+                parameters = trainer.policy.start(trainer.parameters)
                 state = trainer.policy.init(parameters)
         run = deployed(trainer.policy, trainer.model, parameters, state, task, score)
         parameters, state, updates = run.parameters, run.state, updates + run.updates

@@ -11,8 +11,9 @@ from torch import Tensor
 from metaopt.data.seeding import generator_for
 from metaopt.data.shifts import META, Shift, shift_names
 from metaopt.errors import CheckpointError, DataError
+from metaopt.experts import LearnedExperts, with_experts
 from metaopt.generator import GradientGenerator
-from metaopt.inner_loop import build_backend, learned_tensors, meta_gradient, unrolled_loss
+from metaopt.inner_loop import build_backend, learned_tensors, meta_gradient, squares_by_part, unrolled_loss
 from metaopt.measure import Monitor, curve_figure
 from metaopt.meta.carry import Carried
 from metaopt.meta.config import MetaTrainConfig
@@ -23,8 +24,7 @@ from metaopt.meta.selection import held_out_tasks, selection_loss
 from metaopt.meta.tasks import Task, TaskSampler, Window
 from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
-from metaopt.parameters import adapted_layout
-from metaopt.policy import AdaptationPolicy, PolicyState, SourceRecord, new_policy
+from metaopt.policy import AdaptationPolicy, PolicyState, SourceRecord, layout_of, new_policy
 from metaopt.sparsity import RatesConfig
 from metaopt.types import Parameters
 
@@ -55,21 +55,28 @@ class MetaTrainer:
         self.config = config = config or MetaTrainConfig()
         if len(images) < 2:
             raise DataError(f"meta-training got {len(images)} images; at least 2 are needed: give for example 128")
-        self.model, self.images = model.requires_grad_(False), images
+        self.source, self.images = model.requires_grad_(False), images
         self.monitor = monitor or Monitor(None)
-        layout = adapted_layout(model)
-        self.parameters = {name: tensor.detach() for name, tensor in layout.take(model).items()}
         self.meta_loss = build_meta_loss(config.loss, config.tempered)
         shifts = shift_names(META) if shifts is None else shifts
         teacher = None if self.meta_loss.own_objective else self.teach  # where nobody asks, it need not predict
         self.sampler = TaskSampler(images, shifts, config.tasks, teacher)
         self.selection = held_out_tasks(self, config.selection_shifts, config.selection_tasks, config.steps)
+        experts = None
+        if config.experts is not None:
+            untrained = with_experts(model, config.experts.mixtures, seed=config.seed)
+            experts = LearnedExperts.of(untrained, config.experts)
+        self.model = (model if experts is None else experts.attach(model)).requires_grad_(False)
+        layout = layout_of("norm" if experts is None else "experts_norm", self.model)
+        self.parameters = {name: tensor.detach() for name, tensor in layout.take(self.model).items()}
         self.policy = new_policy(
             config.generator,
             config.objective,
             layout.names,
             learned_objective=not self.meta_loss.own_objective,
             rates=RatesConfig() if config.rates else None,
+            experts=experts,
+            teacher=config.teacher,
             restoration=config.restoration,
             gate=config.update_rate is not None,
             seed=config.seed,
@@ -77,7 +84,7 @@ class MetaTrainer:
         assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)
         if self.policy.objective.needs_features:
             self.policy.statistics = source_statistics(model, images, config.tasks.batch_size)
-        self.policy.source = SourceRecord.of(model)
+        self.policy.source = SourceRecord.of(model, layout)
         self.rule = self.policy.rule
         self.apply = build_backend(config.backend, self.rule)
         self.optimizer = torch.optim.Adam(learned_tensors(self.policy).values(), lr=config.lr)
@@ -85,7 +92,7 @@ class MetaTrainer:
         self.counters = Counters()
         self.best = self._weights()
         self.carried: Carried | None = None  # where the last task ended
-        self.rate_tasks = RateTasks(model, self.policy, self.parameters) if config.rates else None
+        self.rate_tasks = RateTasks(self.model, self.policy, self.parameters) if config.rates else None
 
     def run(
         self,
@@ -240,6 +247,8 @@ class MetaTrainer:
         counters.updates += 1
         for name, tensor in tensors.items():
             tensor.grad = gradients[name].to(tensor)
+        for part, square in squares_by_part(gradients).items():
+            self.monitor.scalar(f"meta/grad_norm/{part}", square.sqrt(), counters.updates)
         penalty = self.config.shrinkage * self.rule.penalty()
         if penalty.requires_grad:
             penalty.backward()
@@ -285,4 +294,4 @@ class MetaTrainer:
     def teach(self, images: Tensor) -> Tensor:
         """Class probabilities of the source model on clean images, (B, C)."""
         with torch.no_grad():
-            return self.model(images).logits.softmax(dim=1)
+            return self.source(images).logits.softmax(dim=1)

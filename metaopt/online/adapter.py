@@ -55,7 +55,7 @@ class OnlineAdapter:
         self.model.requires_grad_(False)
         self.layout = policy.layout(self.model)
         reference = next(iter(self.layout.take(self.model).values()))
-        self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype)
+        self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
         self.memory = ActivationMemory(MemoryConfig(memory, budget_mib), self.policy.pruning)
         self.policy.pruning = self.memory.rule  # with nothing to choose, nothing is remembered of the layers either
         self.guard = FiniteGuard()

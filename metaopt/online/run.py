@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from metaopt.data import Batch, Stream, batches
 from metaopt.errors import ConfigError, DataError
+from metaopt.experts import ExpertUsage
 from metaopt.measure import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
 from metaopt.online.adapter import OnlineAdapter
 from metaopt.online.layers import LayerMemory, layer_memory
@@ -130,9 +132,10 @@ def run_stream(
             adapter.reset()
         score = DomainScore(adapter.model.num_classes)
         for batch in batches(domain, batch_size, device, seed):
-            logits = run.step(batch)
+            with run.watching(domain.name):
+                logits = run.step(batch)
             score.update(logits, batch.labels)
-            run.log(score)
+            run.log(score, domain.name)
             if on_batch is not None:
                 on_batch(domain.name, domain.severity, batch, logits)
         result = score.result()
@@ -160,6 +163,11 @@ class _Run:
         self.metered_shape: tuple[int, ...] | None = None
         self.forward_every = max(1, batch_count // FORWARDS_TIMED)
         self.loss: Tensor | None = None
+        self.usage = None if adapter.policy.experts is None else ExpertUsage()
+
+    def watching(self, domain: str) -> AbstractContextManager[None]:
+        """Inside it, what the gates of experts decide is summed up."""
+        return nullcontext() if self.usage is None else self.usage.recording(self.adapter.model, domain)
 
     def step(self, batch: Batch) -> Tensor:
         """Predict and adapt; the first batch of a new largest size is metered, not timed; short ones are neither."""
@@ -190,7 +198,7 @@ class _Run:
             self.monitor.scalar("online/shift_distance", output.distance, self.steps)
         return output.logits
 
-    def log(self, score: DomainScore) -> None:
+    def log(self, score: DomainScore, domain: str) -> None:
         """Curves of the latest step."""
         if score.cumulative_error:
             self.monitor.scalar("online/error", score.cumulative_error[-1], self.steps)
@@ -201,6 +209,9 @@ class _Run:
             for record in self.adapter.memory.layers:
                 self.monitor.scalar(f"policy/keep_ratio/{record.name}", record.rate.keep, self.steps)
                 self.monitor.scalar(f"policy/bits/{record.name}", record.rate.bits, self.steps)
+        if self.usage is not None:
+            for name, weight in self.usage.by_expert(self.adapter.model, domain).items():
+                self.monitor.scalar(f"policy/expert_usage/{name}", weight, self.steps)
         if self.loss is not None:
             self.monitor.scalar("online/loss", self.loss, self.steps)
         for name, count in self.adapter.guard.events.items():

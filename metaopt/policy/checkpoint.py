@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from metaopt.errors import CheckpointError, MetaoptError
+from metaopt.experts import LearnedExperts, TeacherConfig
 from metaopt.files import atomic_save, safe_load
 from metaopt.generator import GeneratorConfig, GradientGenerator
 from metaopt.models import ModelSpec, SourceModel
@@ -33,9 +34,9 @@ class SourceRecord:
     layout: ParameterLayout
 
     @classmethod
-    def of(cls, model: SourceModel) -> "SourceRecord":
-        """Record of a model."""
-        return cls(model.spec, model.weights_sha256(), adapted_layout(model))
+    def of(cls, model: SourceModel, layout: ParameterLayout | None = None) -> "SourceRecord":
+        """Record of a model, and of what adapts in it: its norm layers, unless told otherwise."""
+        return cls(model.spec, model.weights_sha256(), layout or adapted_layout(model))
 
 
 def policy_to_dict(policy: AdaptationPolicy) -> dict[str, Any]:
@@ -49,12 +50,17 @@ def policy_to_dict(policy: AdaptationPolicy) -> dict[str, Any]:
             f"method {policy.method!r} cannot be saved as a policy; allowed is a meta-trained one: train it first"
         )
     statistics, rates = policy.statistics, policy.pruning
-    learned_rates = {"rates": rates.config.to_dict()} if isinstance(rates, LearnedRates) else {}
-    restoration = {} if policy.restoration is None else {"restoration": policy.restoration.config.to_dict()}
+    experts, teacher, restoration = policy.learned_experts, policy.teacher, policy.restoration
+    parts = {  # that a policy may do without; a file without them says nothing of them
+        "rates": rates.config.to_dict() if isinstance(rates, LearnedRates) else None,
+        "restoration": None if restoration is None else restoration.config.to_dict(),
+        "gate": {} if isinstance(policy.gate, LearnedGate) else None,
+        "experts": None if experts is None else experts.to_dict(),
+        "teacher": None if teacher is None else teacher.to_dict(),
+        "adapts": None if policy.adapts == "norm" else policy.adapts,
+    }
     return {
-        **learned_rates,
-        **restoration,
-        **({"gate": {}} if isinstance(policy.gate, LearnedGate) else {}),
+        **{name: part for name, part in parts.items() if part is not None},
         "format": FORMAT,
         "version": VERSION,
         "method": policy.method,
@@ -110,6 +116,9 @@ def _build(values: Mapping[str, Any]) -> AdaptationPolicy:
         pruning=LearnedRates(RatesConfig(**values["rates"])) if "rates" in values else None,
         restoration=SourceRestoration(RestorationConfig(**values["restoration"])) if "restoration" in values else None,
         gate=LearnedGate(**values["gate"]) if "gate" in values else None,
+        adapts=values.get("adapts", "norm"),
+        learned_experts=LearnedExperts.from_dict(values["experts"]) if "experts" in values else None,
+        teacher=TeacherConfig.from_dict(values["teacher"]) if "teacher" in values else None,
     )
     dtypes = {tensor.dtype for tensor in values["weights"].values()}
     if len(dtypes) == 1:

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from metaopt.errors import ConfigError
-from metaopt.experts import ExpertsConfig, TeacherConfig
+from metaopt.experts import ExpertsConfig, LearnedExperts, TeacherConfig
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
 from metaopt.objectives import WeightedObjective
 from metaopt.policy.adapts import ADAPTS
@@ -110,16 +111,25 @@ def build_method(
         rule=rule,
         statistics=statistics,
         pruning=_pruning(config, policy),
-        adapts=config.adapts,
-        experts=config.experts,
-        teacher=config.teacher,
         predict_with=config.predict_with,
+        **_adapted(config, policy),
         restoration=_restoration(config, policy),
         gate=_gate(config, policy),
     )
     if policy is not None:
         method.source, method.training = policy.source, policy.training
     return method
+
+
+def _adapted(config: MethodConfig, policy: AdaptationPolicy | None) -> dict[str, Any]:
+    """What adapts, with which experts and teacher: a policy's own where its generator runs, which knows the tensors."""
+    if config.update == "generator" and policy is not None and policy.learned_experts is not None:
+        return {
+            "adapts": policy.adapts,
+            "learned_experts": policy.learned_experts,
+            "teacher": config.teacher or policy.teacher,
+        }
+    return {"adapts": config.adapts, "experts": config.experts, "teacher": config.teacher}
 
 
 def _objective(config: MethodConfig, policy: AdaptationPolicy | None) -> WeightedObjective:
@@ -184,13 +194,16 @@ def new_policy(
     learned_objective: bool,
     statistics: SourceStatistics | None = None,
     rates: RatesConfig | None = None,
+    experts: LearnedExperts | None = None,
+    teacher: TeacherConfig | None = None,
     restoration: RestorationConfig | None = None,
     gate: bool = False,
     seed: int = 0,
 ) -> AdaptationPolicy:
     """A policy before meta-training: a fresh generator, drawn from ``seed``, and the objective's first weights.
 
-    ``rates``: also fresh learned rates; ``restoration``: also one that starts there; ``gate``: also an update gate.
+    ``rates``: also fresh learned rates; ``restoration``: also one that starts there; ``gate``: also an update gate;
+    ``experts``: also these, which adapt beside the norm layers.
 
     Terms of weight 0 are left out.
     """
@@ -205,6 +218,9 @@ def new_policy(
         rule=rule,
         statistics=statistics,
         pruning=pruning,
+        adapts="norm" if experts is None else "experts_norm",
+        learned_experts=experts,
+        teacher=teacher,
         restoration=None if restoration is None else SourceRestoration(restoration),
         gate=LearnedGate() if gate else None,
     )

@@ -26,6 +26,7 @@ from torch.func import functional_call
 from metaopt.data.seeding import generator_for
 from metaopt.experts import (
     ExpertsConfig,
+    LearnedExperts,
     TeacherConfig,
     TeacherState,
     init_teacher,
@@ -63,7 +64,8 @@ class AdaptationPolicy(nn.Module):
         seed: of the augmented views, where the objective compares two; with a step's number it tells its view.
         pruning: chooses what is kept of each layer's activations, where a step is told to keep less than all.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
-        experts: mixtures that stand beside the network (:meth:`attach`); None: none.
+        experts: mixtures that stand beside the network (:meth:`attach`), untrained; None: none, or the learned ones.
+        learned_experts: mixtures whose gates and first values are learned.
         teacher: running mean of the adapted tensors, the pull of the experts towards it, and random restores; None: no
             teacher.
         predict_with: whose logits a step hands back, "student" or "teacher".
@@ -83,6 +85,7 @@ class AdaptationPolicy(nn.Module):
         pruning: PruningRule | None = None,
         adapts: str = "norm",
         experts: ExpertsConfig | None = None,
+        learned_experts: LearnedExperts | None = None,
         teacher: TeacherConfig | None = None,
         predict_with: str = "student",
         restoration: SourceRestoration | None = None,
@@ -101,7 +104,8 @@ class AdaptationPolicy(nn.Module):
         self.seed = seed
         self.pruning = pruning
         self.adapts = adapts
-        self.experts = experts
+        self.learned_experts = learned_experts
+        self.experts = experts if learned_experts is None else learned_experts.config.mixtures
         self.teacher = teacher
         self.predict_with = predict_with
         self.restoration = restoration
@@ -136,6 +140,8 @@ class AdaptationPolicy(nn.Module):
         Raises:
             ModelError: the model has no place for experts.
         """
+        if self.learned_experts is not None:
+            return self.learned_experts.attach(model)
         return model if self.experts is None else with_experts(model, self.experts, seed=self.seed)
 
     def layout(self, model: SourceModel) -> ParameterLayout:
@@ -145,6 +151,15 @@ class AdaptationPolicy(nn.Module):
             ModelError: there are none.
         """
         return layout_of(self.adapts, model)
+
+    def start(self, parameters: Parameters) -> Parameters:
+        """The adapted tensors before the first batch: the given ones, but experts from their learned first values."""
+        initial = {} if self.learned_experts is None else self.learned_experts.initial()
+        return {name: initial.get(name, tensor) for name, tensor in parameters.items()}
+
+    def initial(self, model: nn.Module, parameters: Parameters) -> Parameters:
+        """Values of the adapted tensors before the first batch, which adaptation never changes."""
+        return self.start(own_values(model, parameters))
 
     def init(self, parameters: Parameters) -> PolicyState:
         """State before the first batch."""
@@ -179,27 +194,37 @@ class AdaptationPolicy(nn.Module):
         taught = None
         if self.predict_with == "teacher" or (self.objective is not None and self.objective.needs_teacher):
             assert self.teacher is not None and teacher is not None
-            statistics = self.batch_statistics
-            taught = taught_logits(self.teacher, model, teacher, images, batch_statistics=statistics, step=step)
+            taught = self._taught(model, teacher, images, step)
         arguments = {
             "batch_statistics": self.batch_statistics,
             "features": self.objective is not None and self.objective.needs_features,
         }
-        output = functional_call(model, parameters, (images,), arguments)
+        tensors = self._gates() | parameters
+        output = functional_call(model, tensors, (images,), arguments)
         logits = taught if taught is not None and self.predict_with == "teacher" else output.logits
         if self.objective is None:
             return StepOutput(logits)
         if self.objective.needs_view:
             view = augmented_view(images, generator_for("view", self.seed, step))
-            viewed = functional_call(model, parameters, (view,), {"batch_statistics": self.batch_statistics})
+            viewed = functional_call(model, tensors, (view,), {"batch_statistics": self.batch_statistics})
             output = output._replace(view_logits=viewed.logits)
         loss, terms = self.objective.loss(output._replace(teacher_logits=taught), self.statistics)
         if self.pulls:
             assert self.teacher is not None and teacher is not None
-            anchor = select_anchor(self.teacher, teacher, own_values(model, parameters))
+            anchor = select_anchor(self.teacher, teacher, self.initial(model, parameters))
             terms["proximal"] = proximal_loss(self.teacher, parameters, anchor)
             loss = loss + self.teacher.proximal * terms["proximal"]
         return StepOutput(logits, loss, terms)
+
+    def _gates(self) -> Parameters:
+        """Learned gates, which stay as they are online."""
+        return {} if self.learned_experts is None else self.learned_experts.gates()
+
+    def _taught(self, model: nn.Module, teacher: TeacherState, images: Tensor, step: int) -> Tensor:
+        """The teacher's logits, (B, C)."""
+        assert self.teacher is not None
+        state = teacher._replace(average=self._gates() | teacher.average)
+        return taught_logits(self.teacher, model, state, images, batch_statistics=self.batch_statistics, step=step)
 
     def predict(
         self,
@@ -212,10 +237,11 @@ class AdaptationPolicy(nn.Module):
         """Predict alone, by one forward pass without a graph or a loss; arguments as of :meth:`evaluate`."""
         statistics = self.batch_statistics
         with torch.no_grad():
-            if self.teacher is not None and teacher is not None and self.predict_with == "teacher":
-                logits = taught_logits(self.teacher, model, teacher, images, batch_statistics=statistics, step=step)
+            if self.predict_with == "teacher":
+                logits = self._taught(model, teacher or init_teacher(parameters), images, step)
             else:
-                logits = functional_call(model, parameters, (images,), {"batch_statistics": statistics}).logits
+                tensors = self._gates() | parameters
+                logits = functional_call(model, tensors, (images,), {"batch_statistics": statistics}).logits
         return StepOutput(logits, updated=False)
 
     def step(

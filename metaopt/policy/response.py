@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from metaopt.parameters import own_values
 from metaopt.policy.restoration import restored
 from metaopt.policy.shift import Sensed, distance, image_statistics, merged
 from metaopt.policy.state import PolicyState
@@ -49,7 +48,7 @@ def respond(
     if sensed is None:
         return parameters, state
     if policy.restoration is not None:
-        parameters = restored(parameters, own_values(model, parameters), policy.restoration(sensed.distance))
+        parameters = restored(parameters, policy.initial(model, parameters), policy.restoration(sensed.distance))
         if policy.restoration.begins_anew(sensed.distance):
             state = policy.init(parameters)
     return parameters, replace(state, shift=merged(state.shift, sensed.statistics))

@@ -67,7 +67,7 @@ def _updated(
         updated, rule_state = apply(_loss(output), parameters, state.rule)
     refused = rule_state is state.rule and rule_state is not None
     if not refused:  # else nothing is to be learned from the batch
-        updated, teacher = settle(policy.teacher, model, updated, state.teacher)
+        updated, teacher = settle(policy, model, updated, state.teacher)
         state = replace(state, rule=rule_state, pruning=kept.state, teacher=teacher)
     return updated, state, output
 

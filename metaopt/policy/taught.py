@@ -1,6 +1,7 @@
 """A method's teacher: its prediction, also as the mean over augmented views (CoTTA, CVPR 2022), and its move."""
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from metaopt.data.seeding import generator_for
 from metaopt.experts import TeacherConfig, TeacherState, restore, teacher_logits, update_teacher
 from metaopt.objectives import augmented_view
-from metaopt.parameters import own_values
 from metaopt.types import Parameters
+
+if TYPE_CHECKING:
+    from metaopt.policy.policy import AdaptationPolicy
 
 
 def taught_logits(
@@ -50,18 +53,19 @@ def _confidence(model: nn.Module, images: Tensor, batch_statistics: bool) -> flo
 
 
 def settle(
-    config: TeacherConfig | None, model: nn.Module, parameters: Parameters, state: TeacherState | None
+    policy: "AdaptationPolicy", model: nn.Module, parameters: Parameters, state: TeacherState | None
 ) -> tuple[Parameters, TeacherState | None]:
     """What follows an update: the teacher takes its share of the student, and a few scalars of the student go back.
 
     Where the update was in place (the tensors are leaves), so is this.
     """
+    config = policy.teacher
     if config is None or state is None:
         return parameters, state
     moved = update_teacher(config, state, parameters)
     in_place = all(tensor.is_leaf for tensor in parameters.values())
     with torch.no_grad() if in_place else nullcontext():
-        restored = restore(config, parameters, own_values(model, parameters), state.step)
+        restored = restore(config, parameters, policy.initial(model, parameters), state.step)
         if not in_place:
             return restored, moved
         for name, tensor in parameters.items():

@@ -48,6 +48,9 @@ def transferred(
         notes.append("source statistics: those of this model")
     parts = {"objective weights": policy.objective, "restoration": policy.restoration, "update gate": policy.gate}
     notes += [f"{name}: as learned" for name, part in parts.items() if part is not None]
+    if policy.learned_experts is not None:
+        found.learned_experts, found.experts, found.adapts = None, None, "norm"
+        notes.append("experts: left out, they belong to the other model's blocks")
     if policy.pruning is not None:
         notes.append("rates of what is kept: as learned, on this model's own layers")
     return found, notes

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from .commands import TINY_STREAM, command
+from metaopt.errors import DataError
+from metaopt.measure import read_scalars
 
+from .commands import TINY_META, TINY_STREAM, command
+
+meta_train = command("pretrain/meta_train.py")
 online = command("adapt/online.py")
 benchmark = command("adapt/benchmark.py")
 
@@ -51,3 +55,18 @@ def test_each_ablation_changes_what_is_predicted(workspace: Path) -> None:
     assert runs["experts.experts=4"] == confidences("whole", *MOASE)
     assert len({tuple(run) for run in runs.values()}) == len(runs)
     assert runs["adapts=norm"][:8] == runs["adapts=experts"][:8]  # the first batch is before any update
+
+
+@pytest.mark.slow
+def test_experts_are_meta_trained_and_deployed_by_their_checkpoint_alone(workspace: Path) -> None:
+    small = ["recipe=experts", "experts.experts=2", "experts.bottleneck=4", "experts.gates=frozen", "out=trained"]
+    assert meta_train([*TINY_META, *small]) == 0
+    assert online([*TINY_STREAM, "--policy", "ckpt.pt", "memory=exact", "out=deployed"]) == 0
+    summary = json.loads((workspace / "deployed/summary.json").read_text())
+    assert (summary["method"], summary["updates"]) == ("policy", 6)
+    for expert in ("low_0", "high_1"):
+        weights = [value for _, value in read_scalars(workspace / "deployed", f"policy/expert_usage/{expert}")]
+        assert len(weights) == 6 and all(0 <= weight <= 1 for weight in weights)
+    assert read_scalars(workspace / "trained", "meta/grad_norm/experts")
+    with pytest.raises(DataError, match="no curve"):
+        read_scalars(workspace / "trained", "meta/grad_norm/gates")
