@@ -12,7 +12,7 @@ adam      norm           of the batch      any                     Adam         
 cotta     all            of the batch      teacher                 Adam                    mean + restore
 moase     experts + norm of the batch      teacher + proximal      Adam                    mean + restore
 mgtta     norm           of the batch      entropy + discrepancy   ``published`` generator --
-policy    norm           of the batch      learned weights         learned generator       --
+policy    norm, experts  of the batch      learned weights         learned generator       --
 ========= ============== ================= ======================= ======================= ==============
 """
 

@@ -77,7 +77,9 @@ def test_the_file_holds_experts_and_deploys_by_itself(tmp_path: Path) -> None:
     assert (loaded.teacher, loaded.adapts) == (TEACHER, "experts_norm")
     assert set(learned_tensors(loaded)) == set(learned_tensors(policy))
     assert loaded.source is not None and any(name.startswith("experts.") for name in loaded.source.layout.names)
-    section = MethodConfig("policy", update="generator", objective_from_policy=True, pruning="learned")
+    section = MethodConfig(
+        "policy", update="generator", objective_from_policy=True, pruning="learned", restoration=True
+    )
     first, second = OnlineAdapter(source(), policy), OnlineAdapter(source(), build_method(section, policy=loaded))
     for seed in range(3):
         assert torch.equal(first(random_images(8, seed)), second(random_images(8, seed)))

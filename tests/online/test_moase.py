@@ -17,6 +17,7 @@ from metaopt.measure import state_mib
 from metaopt.models import SourceModel
 from metaopt.objectives import augmented_view
 from metaopt.online import OnlineAdapter
+from metaopt.online.footprint import Case, measure_footprint
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 
 from ..experts.families import build
@@ -258,3 +259,10 @@ def test_a_teacher_that_sees_the_same_images_has_nothing_to_teach_at_first() -> 
     confidence = model(batches[0]).logits.softmax(dim=1).amax(dim=1).mean().item()
     assert gradient(views=1, sure_above=confidence - 1e-6) < 1e-12
     assert gradient(views=1, sure_above=confidence + 1e-6) > 1e-3
+
+
+def test_the_footprint_is_measured_with_experts_and_teacher() -> None:
+    model, batches = network("vit")
+    dense, exact = measure_footprint(model, method(), batches[0], [Case("dense"), Case("exact")], repeats=1)
+    assert exact.cosine == pytest.approx(1.0, abs=1e-5) and 0 < exact.held_mib < dense.held_mib
+    assert not hasattr(model, "experts")
