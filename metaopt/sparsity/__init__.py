@@ -7,6 +7,7 @@ from metaopt.sparsity.memory import MEMORIES as MEMORIES
 from metaopt.sparsity.memory import ActivationMemory as ActivationMemory
 from metaopt.sparsity.memory import MemoryConfig as MemoryConfig
 from metaopt.sparsity.profile import Profile as Profile
+from metaopt.sparsity.profile import Profiles as Profiles
 from metaopt.sparsity.ratios import LayerTable as LayerTable
 from metaopt.sparsity.rules import PRUNING_RULES as PRUNING_RULES
 from metaopt.sparsity.rules import PruningRule as PruningRule

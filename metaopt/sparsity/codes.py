@@ -89,12 +89,12 @@ class Table:
     ) -> None:
         self._payload = _Payload(Layout.of(tensor), bits, ledger)
         self._payload.write(codes_of, tensor.detach())
-        self._table = table
+        self._table, self._hold = table, ledger.hold(table)
 
     @property
     def nbytes(self) -> int:
-        """b / 8 bytes an entry."""
-        return self._payload.buffer.numel()
+        """b / 8 bytes an entry, and the table."""
+        return self._payload.buffer.numel() + self._table.nbytes
 
     def unpack(self) -> Tensor:
         """The values that the codes stand for."""

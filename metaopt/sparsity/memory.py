@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metaopt.data.seeding import generator_for
 from metaopt.errors import ConfigError
 from metaopt.sparsity.importance import gradient_importance, learning_layers
-from metaopt.sparsity.profile import Profile
+from metaopt.sparsity.profile import Profiles
 from metaopt.sparsity.ratios import MIB, LayerTable
 from metaopt.sparsity.rules import PruningRule, PruningState, RateDistortion, Uniform
 from metaopt.sparsity.saved import LayerRecord, SavedActivations
@@ -72,14 +72,14 @@ class ActivationMemory:
     Args:
         config: mode and budget.
         rule: chooses the rates, where the mode leaves a choice; None for :class:`RateDistortion`.
+        profiles: what dry runs tell, shared with others that run the same model under the same loss; None: its own.
     """
 
-    def __init__(self, config: MemoryConfig, rule: PruningRule | None = None) -> None:
+    def __init__(self, config: MemoryConfig, rule: PruningRule | None = None, profiles: Profiles | None = None) -> None:
         self.config = config
         self.rule = (rule or RateDistortion()) if config.chooses else None
         self.layers: list[LayerRecord] = []  # what the latest step kept
-        self._profiles: dict[tuple[int, ...], Profile] = {}
-        self._tables: dict[tuple[int, ...], LayerTable] = {}
+        self.profiles = profiles or Profiles()
 
     @property
     def budget(self) -> int | None:
@@ -157,14 +157,8 @@ class ActivationMemory:
         return SavedActivations(model, memory="pruned", rates=Uniform().rates(table, (), _NOTHING, self.budget))
 
     def _table(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> LayerTable:
-        """The layers of a batch of this shape."""
-        shape = tuple(images.shape)
-        if shape not in self._tables:
-            if shape[1:] not in self._profiles:
-                prunes = self.config.memory == "pruned"
-                self._profiles[shape[1:]] = Profile(model, loss_of, parameters, images, prunes=prunes)
-            self._tables[shape] = self._profiles[shape[1:]].table(len(images))
-        return self._tables[shape]
+        prunes = self.config.memory == "pruned"
+        return self.profiles.table(model, loss_of, parameters, images, prunes=prunes)
 
 
 _NOTHING = PruningState(torch.zeros(0), torch.zeros((), dtype=torch.int64))

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from metaopt.measure import MemoryMeter
 from metaopt.sparsity.codec import Rate
 from metaopt.sparsity.importance import learning_layers, match_layers
-from metaopt.sparsity.ratios import MIB, Layer, LayerTable
-from metaopt.sparsity.saved import SavedActivations
+from metaopt.sparsity.moments import CHEAPEST, follow
+from metaopt.sparsity.ratios import Layer, LayerTable
+from metaopt.sparsity.saved import LayerRecord, SavedActivations
 from metaopt.types import Parameters
 
 FEW = 2  # images of the smaller dry runs; the larger ones have twice as many
@@ -29,21 +29,19 @@ MENU = (
     *(Rate(bits, keep) for bits, keep in ((4, 0.5), (4, 0.25), (3, 0.5), (3, 0.25), (3, 0.1), (3, 0.05))),
 )
 """Rates that a rule chooses from; what is no bargain for a layer drops out by itself."""
-CHEAPEST = Rate(1)
-RATIOS = (Rate(32, 0.75), Rate(32, 0.25))  # between and beyond these, bytes in float32 are affine in the keep ratio
+WHOLE = (Rate(32), Rate(16), Rate(8))  # measured, beside the cheapest; codes are affine in their bits
+PRUNED = (Rate(4, 0.5), Rate(4, 0.25), Rate(3, 0.05), Rate(32, 0.75), Rate(32, 0.25))  # measured as well
 SLACK = 64  # bytes a layer, for codes that are rounded up to whole bytes
 MASK_SHARE = 1 / 16  # of the dense bytes, float32: a bit an entry is 1 / 32
+TOLD_SHARE = 1 / 64  # of the bytes in float32: with codes of its own a module keeps 1 / 32
 SAMPLES = (64, 16, 16, 16)  # of a standard normal, on which distortions are measured
 
 Pass = Callable[[Tensor], Tensor]
 """One forward pass on images (n, 3, H, W): a scalar to differentiate."""
 
 
-_Fit = tuple[NDArray[numpy.float64], NDArray[numpy.float64]]
-
-
 class Profile:
-    """The layers of a model at any batch size.
+    """The layers of a model at any batch size from that of the smaller dry run on.
 
     Args:
         model: the model that ``loss_of`` runs.
@@ -57,29 +55,34 @@ class Profile:
         self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor, *, prunes: bool = True
     ) -> None:
         self.menu = tuple(rate for rate in MENU if prunes or rate.keep == 1.0)
-        size = _enough(model, loss_of, images)
-        few = [_take(images, size), _take(images, 2 * size)]
-        self._size = size
-        self._outside = [_outside(model, loss_of, parameters, some) for some in few]
-        rates = (*self.menu, *(RATIOS if prunes else ()))
-        runs = {rate: [_dry_run(model, loss_of, some, rate) for some in few] for rate in rates}
-        first = runs[Rate()]
-        self._groups = _groups(first[0], list(learning_layers(parameters)))
-        self._kinds = {name: first[0][name].kind for name in self._groups}
-        self._dense = self._affine([{name: part.dense for name, part in run.items()} for run in first])
-        self._held = {
-            rate: self._affine([{name: part.held for name, part in run.items()} for run in pair])
-            for rate, pair in runs.items()
-        }
-
-        traces = [_lendings(model, loss_of, parameters, some) for some in few]
-        self._lent = self._by_layer(traces)
-        self._ordered = all(once for _, once in traces)  # of two forwards, one is held whole at the other's end
+        self.smallest, first = _enough(model, loss_of, images)
+        few = [_take(images, self.smallest), _take(images, 2 * self.smallest)]
+        self._moments = [follow(model, loss_of, parameters, some) for some in few]
+        runs = {CHEAPEST: [_by_module(moments.records) for moments in self._moments]}
+        for rate in (*WHOLE, *(PRUNED if prunes else ())):
+            known = first if rate == Rate() else _dry_run(model, loss_of, few[0], rate)
+            runs[rate] = [known, _dry_run(model, loss_of, few[1], rate)]
+        whole = runs[Rate()]
+        self._groups = _groups(whole[0], runs[CHEAPEST][0], list(learning_layers(parameters)))
+        self._members = [(name, *followers) for name, followers in self._groups.items()]
+        self._kinds = {name: whole[0][name].kind for name in self._groups}
+        # Where a tensor is coded in the larger run alone, bytes are not on one line.
+        crossing = self._sums(whole, "small")
+        self._crossing = crossing[0] != crossing[1]
+        self._dense = self._sums(whole, "dense")
+        self._held = {rate: self._sums(pair, "held") for rate, pair in runs.items()}
+        marks = {moment: None for moments in self._moments for moment in moments.alive}
+        self._alive = numpy.array(
+            [[moments.shares(mark, self._members) for mark in marks] for moments in self._moments]
+        ).max(axis=0)  # (E, L)
+        self._beside = [
+            numpy.array([moments.beside.get(mark, 0) for mark in marks], float) for moments in self._moments
+        ]
 
     def table(self, images: int) -> LayerTable:
-        """The layers for a batch of so many images."""
+        """The layers for a batch of so many images, ``smallest`` or more."""
         dense = self._at(self._dense, images)
-        held = {rate: self._at(fit, images) + SLACK for rate, fit in self._held.items()}
+        held = {rate: self._bytes(pair, images) for rate, pair in self._held.items()}
         layers = [
             Layer(
                 name,
@@ -90,66 +93,82 @@ class Profile:
             )
             for row, (name, followers) in enumerate(self._groups.items())
         ]
-        return self._assemble(layers, images)
-
-    def _assemble(self, layers: Sequence[Layer], images: int) -> LayerTable:
         errors = [distortion(rate) for rate in self.menu]
-        lent = self._at(self._lent, images).astype(numpy.int64).tolist()
-        return LayerTable(layers, self.menu, errors, self._scaled(self._outside, images), lent, self._ordered)
+        beside = self._at(self._beside, images, least_slope=0.0)
+        fixed = int(beside[0])  # at the end of the forward pass, which is the first of the moments
+        return LayerTable(layers, self.menu, errors, fixed, self._alive, beside - fixed)
 
-    def _by_layer(self, traces: Sequence[tuple[list[tuple[int, int]], bool]]) -> _Fit:
-        """Most bytes that were lent to backward at once while it was at each group, and the slope per image."""
-        rows: list[NDArray[numpy.float64]] = []
-        for column, (trace, _) in enumerate(traces):
-            start, slope = self._held[CHEAPEST]
-            sums = numpy.cumsum(start + column * self._size * slope)
-            lent = numpy.zeros(len(sums))
-            for packed, size in trace:
-                # Backward is at the layer up to which as much is still packed.
-                row = min(len(sums) - 1, int(numpy.searchsorted(sums, packed)))
-                lent[row] = max(lent[row], size)
-            rows.append(lent)
-        small, large = rows
-        return small, numpy.maximum(0.0, large - small) / self._size
-
-    def _affine(self, pair: Sequence[dict[str, int]]) -> _Fit:
-        """Bytes of each group in the smaller dry run, and the slope per image, both (L,)."""
-        small, large = (
+    def _sums(self, pair: Sequence[dict[str, "_Part"]], value: str) -> "_Pair":
+        """A number of each group in the smaller and the larger dry run, both (L,)."""
+        return [
             numpy.array(
-                [sum(sizes.get(part, 0) for part in (name, *rest)) for name, rest in self._groups.items()], float
+                [sum(getattr(run[part], value) for part in names if part in run) for names in self._members], float
             )
-            for sizes in pair
-        )
-        return small, (large - small) / self._size
+            for run in pair
+        ]
 
-    def _at(self, fit: _Fit, images: int) -> NDArray[numpy.float64]:
-        """Bytes of each group for a batch of so many images, (L,)."""
-        start, slope = fit
-        return numpy.ceil(start + slope * (images - self._size))
+    def _bytes(self, pair: "_Pair", images: int) -> NDArray[numpy.float64]:
+        """What each group holds, (L,)."""
+        larger = pair[1] * max(1.0, images / (2 * self.smallest))
+        return SLACK + numpy.where(self._crossing, numpy.maximum(pair[0], larger), self._at(pair, images))
 
-    def _scaled(self, pair: Sequence[int], images: int) -> int:
-        """A number of bytes in both dry runs at any number of images."""
+    def _at(self, pair: "_Pair", images: int, least_slope: float = -math.inf) -> NDArray[numpy.float64]:
+        """Numbers that are affine in the images, from those of both dry runs."""
         small, large = pair
-        slope = max(0.0, (large - small) / self._size)
-        return max(0, math.ceil(small + slope * (images - self._size)))
+        slope = numpy.maximum(least_slope, (large - small) / self.smallest)
+        return numpy.ceil(numpy.maximum(0.0, small + slope * (images - self.smallest)))
+
+
+class Profiles:
+    """Profiles of one model under one loss, each made when it is first asked for: all that run both may share them."""
+
+    def __init__(self) -> None:
+        self._profiles: dict[tuple, Profile] = {}
+        self._tables: dict[tuple, LayerTable] = {}
+
+    def table(
+        self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor, *, prunes: bool
+    ) -> LayerTable:
+        """The layers of a batch of this shape; the arguments are those of :class:`Profile`."""
+        batch, one = (prunes, *images.shape), (prunes, *images.shape[1:])
+        if batch not in self._tables:
+            profile = self._profiles.get(one)
+            if profile is None or profile.smallest > len(images):
+                profile = self._profiles[one] = Profile(model, loss_of, parameters, images, prunes=prunes)
+            self._tables[batch] = profile.table(len(images))
+        return self._tables[batch]
+
+
+_Pair = list[NDArray[numpy.float64]]
 
 
 class _Cost:
-    """Bytes of one layer: as measured, and between the measured keep ratios in float32 on a line."""
+    """Bytes of one layer: as measured, and between the measured rates b₀ + b₁ · bits + b₂ · bits · keep.
+
+    Codes of all entries are such a line in the bits, pruned ones have a mask beside; values in float32 are one in the
+    keep ratio.
+    """
 
     def __init__(self, measured: dict[Rate, int]) -> None:
         self._measured = measured
-        self._slope = self._start = math.nan
-        if RATIOS[0] not in measured:
-            return
-        (more, less), (high, low) = RATIOS, (measured[rate] for rate in RATIOS)
-        self._slope = (high - low) / (more.keep - less.keep)
-        self._start = low - self._slope * less.keep
+        self._lines = [self._line((CHEAPEST, Rate(8)))]
+        if PRUNED[0] in measured:
+            self._lines += [self._line(PRUNED[:3]), self._line(PRUNED[3:])]
+
+    def _line(self, rates: Sequence[Rate]) -> NDArray[numpy.float64]:
+        """The least solution through the measured points."""
+        points = numpy.array([_terms(rate) for rate in rates])
+        return numpy.linalg.lstsq(points, numpy.array([self._measured[rate] for rate in rates], float), rcond=None)[0]
 
     def __call__(self, rate: Rate) -> int:
         if rate in self._measured:
             return self._measured[rate]
-        return math.ceil(self._start + self._slope * rate.keep)
+        line = 0 if rate.keep == 1.0 else 1 if rate.bits <= 8 else 2
+        return math.ceil(self._lines[line] @ _terms(rate) - 1e-6)
+
+
+def _terms(rate: Rate) -> tuple[float, float, float]:
+    return 1.0, rate.bits, rate.bits * rate.keep
 
 
 @lru_cache(maxsize=256)
@@ -189,6 +208,7 @@ class _Part(NamedTuple):
     kind: str
     dense: int
     held: int
+    small: int  # tensors of too few entries to be coded
 
 
 def _take(images: Tensor, count: int) -> Tensor:
@@ -196,68 +216,44 @@ def _take(images: Tensor, count: int) -> Tensor:
     return images[torch.arange(count, device=images.device) % len(images)]
 
 
-def _enough(model: nn.Module, loss_of: Pass, images: Tensor) -> int:
-    """How many images a dry run needs so that what it keeps is typical."""
-    size = FEW
-    while size < MOST:
+def _enough(model: nn.Module, loss_of: Pass, images: Tensor) -> tuple[int, dict[str, _Part]]:
+    """How many images a dry run needs, a batch at most, so that what it keeps is typical; and what it keeps dense."""
+    size = min(FEW, len(images))
+    while True:
         parts = _dry_run(model, loss_of, _take(images, size), Rate())
-        if sum(part.dense for part in parts.values()) >= FEW_BYTES:
-            break
+        if 4 * size > min(4 * MOST, len(images)) or sum(part.dense for part in parts.values()) >= FEW_BYTES:
+            return size, parts
         size *= 2
-    return size
 
 
 def _dry_run(model: nn.Module, loss_of: Pass, images: Tensor, rate: Rate) -> dict[str, _Part]:
     """What each module keeps of one forward pass at one rate, by its name."""
-    parts: dict[str, _Part] = {}
     with torch.enable_grad(), SavedActivations(model, memory="pruned", default=rate) as saved:
-        loss = loss_of(images)
-        for record in saved.layers:
-            kind, dense, held = parts.get(record.name, (record.kind, 0, 0))
-            parts[record.name] = _Part(kind, dense + record.dense_bytes, held + record.held_bytes)
-        del loss
+        loss_of(images)
+    return _by_module(saved.layers)
+
+
+def _by_module(records: Sequence[LayerRecord]) -> dict[str, _Part]:
+    parts: dict[str, _Part] = {}
+    for record in records:
+        kind, dense, held, small = parts.get(record.name, (record.kind, 0, 0, 0))
+        parts[record.name] = _Part(kind, dense + record.dense_bytes, held + record.held_bytes, small + record.small)
     return parts
 
 
-def _groups(parts: dict[str, _Part], learning: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Modules that keep a mask at most, under the name of the learning layer upstream; all others by themselves."""
+def _groups(parts: dict[str, _Part], cheapest: dict[str, _Part], learning: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Modules that keep a mask at most, or what codes upstream tell, under the learning layer there; others alone."""
     names = list(parts)
     groups: dict[str, list[str]] = {}
     for name, source in zip(names, match_layers(names, learning), strict=True):
-        _, dense, held = parts[name]
+        _, dense, held, _ = parts[name]
         leader = learning[source]
-        if name != leader and leader in parts and held <= dense * MASK_SHARE:
+        if (
+            name != leader
+            and leader in parts
+            and (held <= dense * MASK_SHARE or cheapest[name].held <= held * TOLD_SHARE)
+        ):
             groups.setdefault(leader, []).append(name)
         else:
             groups.setdefault(name, [])
     return {name: tuple(followers) for name, followers in groups.items()}
-
-
-def _lendings(
-    model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor
-) -> tuple[list[tuple[int, int]], bool]:
-    """Packed and lent bytes at each lending of a backward pass at the cheapest rates; whether there was one forward."""
-    calls: list[None] = []
-    # A forward without gradients, as a teacher's, keeps nothing for backward.
-    handle = model.register_forward_pre_hook(lambda *_: calls.append(None) if torch.is_grad_enabled() else None)
-    try:
-        with torch.enable_grad(), SavedActivations(model, memory="pruned", default=CHEAPEST) as saved:
-            loss = loss_of(images)
-            saved.ledger.trace = []
-            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            return saved.ledger.trace, len(calls) == 1
-    finally:
-        handle.remove()
-
-
-def _outside(model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor) -> int:
-    """Bytes that a forward pass holds beside what the engine stores, such as for the loss."""
-    with (
-        torch.enable_grad(),
-        MemoryMeter([*parameters.values(), images], model=model) as meter,
-        SavedActivations(model, memory="pruned", default=CHEAPEST) as saved,
-    ):
-        loss = loss_of(images)
-        held = round(meter.held_mib * MIB) - saved.held_bytes
-        del loss
-    return max(0, held)

@@ -60,9 +60,8 @@ class LayerTable:
         menu: rates to choose from.
         distortions: relative squared error of each rate, (R,), in [0, 1].
         fixed: bytes that a step holds beside the layers', whatever the rates.
-        unpacked: bytes that are held in passing while backward is at each layer, (L,); None: none.
-        ordered: whether backward meets the layers in reverse order, and lets go of a layer before it comes to the next;
-            else all may be held together with what is unpacked.
+        alive: share of each layer's bytes that is still held at each moment of backward, (E, L); None: no moments.
+        beside: bytes that are held at each moment beside those and ``fixed``, (E,).
     """
 
     def __init__(
@@ -71,12 +70,12 @@ class LayerTable:
         menu: Sequence[Rate],
         distortions: Sequence[float],
         fixed: int = 0,
-        unpacked: Sequence[int] | None = None,
-        ordered: bool = True,
+        alive: NDArray[numpy.float64] | None = None,
+        beside: NDArray[numpy.float64] | None = None,
     ) -> None:
         self.layers, self.menu, self.fixed = tuple(layers), tuple(menu), fixed
-        self.unpacked = numpy.zeros(len(layers), numpy.int64) if unpacked is None else numpy.asarray(unpacked)
-        self.ordered = ordered
+        self.alive = numpy.zeros((1, len(layers))) if alive is None else alive
+        self.beside = numpy.zeros(len(self.alive)) if beside is None else beside
         self.distortions = numpy.asarray(distortions, dtype=float)
         costs = [[layer.cost(rate) for rate in menu] for layer in layers]
         self.costs = numpy.array(costs, dtype=numpy.int64).reshape(len(self.layers), len(self.menu))  # (L, R)
@@ -93,10 +92,8 @@ class LayerTable:
 
     def peak(self, held: NDArray[numpy.int64] | Sequence[int]) -> int:
         """The most bytes that a step holds at once, where its layers hold ``held``, (L,)."""
-        sums = numpy.cumsum(numpy.asarray(held, dtype=numpy.int64))
-        if not self.ordered:
-            sums = numpy.full_like(sums, sums[-1])
-        return int(max(sums[-1], (sums + self.unpacked).max())) + self.fixed
+        held = numpy.asarray(held, dtype=numpy.int64)
+        return math.ceil(max(held.sum(), (self.alive @ held + self.beside).max())) + self.fixed
 
     @cached_property
     def hulls(self) -> list[list[int]]:

@@ -7,6 +7,7 @@ and no more. The operators themselves, forward and backward, stay torch's own. S
 autocast, memory formats and every backend work as they did, and in ``exact`` second derivatives do as well.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from metaopt.errors import ConfigError
 from metaopt.sparsity.codec import Rate
-from metaopt.sparsity.ledger import Ledger
+from metaopt.sparsity.ledger import OUTSIDE, Ledger, Owner
 from metaopt.sparsity.operators import FOLLOWERS, RULES
-from metaopt.sparsity.store import Call, Slot, Store
+from metaopt.sparsity.store import SMALL, Call, Slot, Store
 
 MEMORY = ("exact", "compact", "pruned")
 COMPACT = Rate(bits=8)
@@ -38,6 +39,7 @@ class LayerRecord:
     numel: int = 0  # entries of the tensors that the rate is for
     dense_bytes: int = 0  # what plain torch holds, shared storages counted where they are saved first
     held_bytes: int = 0
+    small: int = 0  # tensors of too few entries to be coded
 
 
 class SavedActivations:
@@ -141,7 +143,8 @@ class _Active:
     """The hooks and the mode while the context is entered; the model carries none otherwise."""
 
     owner: SavedActivations
-    names: list[str] = field(default_factory=list)  # of the modules that are running, innermost last
+    running: list[Owner] = field(default_factory=list)  # calls of modules, innermost last
+    calls: Counter[str] = field(default_factory=Counter)  # so far, of each module
     call: Call | None = None
     handles: list[Any] = field(default_factory=list)
 
@@ -165,21 +168,24 @@ class _Active:
             handle.remove()
 
     def _enter(self, name: str, _module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
-        if not self.names:
+        if not self.running:
             for value in (*inputs, *named.values()):
                 if isinstance(value, Tensor) and not value.requires_grad:
                     self.owner._store.exclude_batch(value)
-        self.names.append(name)
+        self.running.append(Owner(name, self.calls[name]))
+        self.calls[name] += 1
+        self.owner.ledger.owner = self.running[-1]
 
     def _leave(self) -> None:
-        self.names.pop()
-        if not self.names:
+        self.running.pop()
+        self.owner.ledger.owner = self.running[-1] if self.running else OUTSIDE
+        if not self.running:
             self.owner._store.forget()
 
     def _pack(self, tensor: Tensor) -> Slot:
         """Called by autograd for each tensor that a node saves, before or after the operator has run."""
-        slot = Slot(tensor, self.owner.ledger)
-        if not self.names:
+        slot = Slot(tensor, self.owner.ledger, self.owner.ledger.owner)
+        if not self.running:
             slot.fill(self.owner._store.keep(tensor))
         elif self.call is None:
             self._finish(Call(None, (), {}, slots=[slot]))
@@ -189,7 +195,7 @@ class _Active:
 
     def run(self, function: Callable, arguments: tuple, named: dict[str, Any]) -> Any:
         """Run an operator, then decide how what it saved is stored."""
-        if not self.names or self.call is not None:
+        if not self.running or self.call is not None:
             return function(*arguments, **named)
         call = Call(function, arguments, named)
         call.look_up(self.owner._store)
@@ -205,11 +211,11 @@ class _Active:
         return call.result
 
     def _finish(self, call: Call) -> None:
-        store, name = self.owner._store, self.names[-1]
+        store, name = self.owner._store, self.running[-1].name
         store.rate = self.owner.rate(name)
         dense = store.dense_bytes([slot.tensor for slot in call.slots if slot.tensor is not None])
         before = self.owner.ledger.held
-        numel = sum(slot.tensor.numel() for slot in call.slots if slot.tensor is not None)
+        numels = [slot.tensor.numel() for slot in call.slots if slot.tensor is not None]
         rule = RULES.get(call.function)
         kind = "other"
         with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
@@ -220,7 +226,8 @@ class _Active:
                     slot.fill(store.any(slot.saved))
         record = self.owner._record(name, kind)
         record.dense_bytes += dense
-        record.numel += numel
+        record.numel += sum(numels)
+        record.small += sum(numel < SMALL for numel in numels)
         record.held_bytes += self.owner.ledger.held - before
 
 

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from metaopt.errors import ConfigError
 from metaopt.sparsity.codec import Derived, Half, Kept, Packed, Rate
 from metaopt.sparsity.codes import Bits, Integers, channels_of, coded
-from metaopt.sparsity.ledger import Ledger
+from metaopt.sparsity.ledger import Ledger, Owner
 from metaopt.sparsity.sparse import Sparse
 
 SMALL = 1024
@@ -24,12 +24,16 @@ VIEW_SHARE = 64
 class Slot:
     """Stands in the graph for one saved tensor; holds it until the operator is done, and its pack from then on."""
 
-    __slots__ = ("_ledger", "packed", "tensor")
+    __slots__ = ("_entries", "_ledger", "_owner", "packed", "tensor")
 
-    def __init__(self, tensor: Tensor, ledger: Ledger) -> None:
+    def __init__(self, tensor: Tensor, ledger: Ledger, owner: Owner) -> None:
         self.tensor: Tensor | None = tensor
         self.packed: Packed | None = None
-        self._ledger = ledger
+        self._ledger, self._owner, self._entries = ledger, owner, tensor.numel()
+        ledger.waiting[owner] += self._entries
+
+    def __del__(self) -> None:
+        self._ledger.waiting[self._owner] -= self._entries
 
     @property
     def saved(self) -> Tensor:
@@ -54,7 +58,7 @@ class Slot:
                 "or dense: set one, or meta.gradient=first_order"
             )
         tensor = self.packed.unpack()
-        return tensor if isinstance(self.packed, Kept) else self._ledger.lend(tensor)
+        return tensor if isinstance(self.packed, Kept) else self._ledger.lend(tensor, self._owner)
 
 
 @dataclass

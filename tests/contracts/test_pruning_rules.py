@@ -31,9 +31,9 @@ def cost_of(numel: int) -> Callable[[Rate], int]:
     return cost
 
 
-def table(fixed: int = 1000, unpacked: tuple[int, ...] | None = None, ordered: bool = True) -> LayerTable:
+def table(fixed: int = 1000, alive: numpy.ndarray | None = None, beside: numpy.ndarray | None = None) -> LayerTable:
     layers = [Layer(name, "batch_norm", 4 * n, cost_of(n)) for name, n in zip(NAMES, NUMELS, strict=True)]
-    return LayerTable(layers, MENU, ERRORS, fixed, unpacked, ordered)
+    return LayerTable(layers, MENU, ERRORS, fixed, alive, beside)
 
 
 def held(rule: PruningRule, tables: LayerTable, state: PruningState, budget: int | None) -> numpy.ndarray:
@@ -64,12 +64,17 @@ def smallest(rule: PruningRule, tables: LayerTable, state: PruningState) -> int:
 
 
 @pytest.mark.parametrize(
-    ("unpacked", "ordered"), [(None, True), (tuple(4 * n for n in NUMELS), True), ((9999,) * 6, False)]
+    ("alive", "beside"),
+    [
+        (None, None),
+        (numpy.tril(numpy.ones((6, 6))), 4.0 * numpy.array(NUMELS)),
+        (numpy.ones((6, 6)), numpy.full(6, 9999.0)),
+    ],
 )
 def test_every_budget_is_kept_and_more_takes_nothing_from_a_layer(
-    rule: PruningRule, state: PruningState, unpacked: tuple[int, ...] | None, ordered: bool
+    rule: PruningRule, state: PruningState, alive: numpy.ndarray | None, beside: numpy.ndarray | None
 ) -> None:
-    tables = table(1000, unpacked, ordered)
+    tables = table(1000, alive, beside)
     least = smallest(rule, tables, state)
     before = numpy.zeros(len(NUMELS))
     for budget in numpy.linspace(least, 2 * sum(4 * n for n in NUMELS), 60).astype(int):

@@ -55,6 +55,56 @@ class Checkpointed(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Grouped(nn.Module):
+    """Residual blocks with GroupNorm, whose branches are joined in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+            for _ in range(3)
+        )
+        self.norm, self.head = nn.GroupNorm(2, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x).add_(x)
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+class Rooted(nn.Module):
+    """Patches through gated blocks with RMSNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norms = nn.Conv2d(3, 32, 4, 4), nn.ModuleList(nn.RMSNorm(32) for _ in range(3))
+        self.gates, self.values = (nn.ModuleList(nn.Linear(32, 32) for _ in range(2)) for _ in range(2))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for norm, gate, value in zip(self.norms, self.gates, self.values, strict=False):
+            hidden = norm(x)
+            x = x + nn.functional.silu(gate(hidden)) * value(hidden)
+        return self.head(self.norms[-1](x).mean(dim=1))
+
+
+class Pooled(nn.Module):
+    """Batch normalisation, and the largest of each window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inside, outside in ((3, 16), (16, 32)):
+            layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.BatchNorm2d(outside), nn.ReLU(), nn.MaxPool2d(2)]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=10, **options)
 
@@ -67,6 +117,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vit_tiny": (_timm("vit_tiny_patch16_224", img_size=64, depth=3), 64),
     "swin_tiny": (_timm("swin_tiny_patch4_window7_224", img_size=56, window_size=7, depths=(1, 1, 1, 1)), 56),
     "gru": (Recurrent, 32),
+    "grouped": (Grouped, 32),
+    "rooted": (Rooted, 32),
+    "pooled": (Pooled, 32),
     "shared": (Shared, 32),
     "checkpointed": (Checkpointed, 32),
 }

@@ -47,10 +47,12 @@ def test_the_important_layer_keeps_more() -> None:
 
 
 def test_bytes_are_all_that_are_held_at_once() -> None:
-    unpacked = [4000, 16_000, 1200]
-    held = [250, 1000, 75]
-    assert table(fixed=10, unpacked=unpacked).peak(held) == 250 + 1000 + 16_000 + 10
-    assert table(fixed=10, unpacked=unpacked, ordered=False).peak(held) == 250 + 1000 + 75 + 16_000 + 10
+    beside, held = numpy.array([1200.0, 16_000.0, 4000.0]), [250, 1000, 75]
+    # Backward meets the last layer first.
+    alive = numpy.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert table(fixed=10, alive=alive, beside=beside).peak(held) == 250 + 1000 + 16_000 + 10
+    assert table(fixed=10, alive=numpy.ones((3, 3)), beside=beside).peak(held) == 250 + 1000 + 75 + 16_000 + 10
+    assert table(fixed=10, alive=alive / 2, beside=beside).peak(held) == 125 + 500 + 16_000 + 10
     assert table().peak(held) == 1325
 
 

@@ -170,7 +170,7 @@ def test_an_error_inside_a_layer_leaves_the_names_in_order():
     with SavedActivations(model) as context:
         with pytest.raises(RuntimeError):
             model(BATCH)
-        assert context._active is not None and context._active.names == []
+        assert context._active is not None and context._active.running == []
 
 
 def test_a_dropped_graph_is_freed_without_the_garbage_collector():
