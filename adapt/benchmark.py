@@ -1,6 +1,7 @@
 """Run methods side by side on the same stream: ``python adapt/benchmark.py --help``."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from metaopt.files import ensure_writable_folder
 from metaopt.measure import Monitor, progress
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.policy import check_source, load_policy
+from metaopt.sparsity import Profiles
 
 
 def run(settings: BenchmarkSettings) -> None:
@@ -39,13 +41,20 @@ def run(settings: BenchmarkSettings) -> None:
     methods = [
         assemble_method(arm.method, None if arm.policy is None else policies[arm.policy], statistics) for arm in listed
     ]
+    profiles: defaultdict[tuple[str, str | None], Profiles] = defaultdict(Profiles)  # by method and policy
     results, left_out = Results(out / "benchmark.csv"), dict[Key, str]()
     with progress(len(listed) * len(streams), "Runs") as bar:
         for seed, stream in streams.items():
             for arm, method in zip(listed, methods, strict=True):
                 try:
                     report = run_stream(
-                        OnlineAdapter(model, method, memory=arm.memory, budget_mib=arm.budget),
+                        OnlineAdapter(
+                            model,
+                            method,
+                            memory=arm.memory,
+                            budget_mib=arm.budget,
+                            profiles=profiles[arm.method.name, arm.policy],
+                        ),
                         stream,
                         setting=arm.setting,
                         batch_size=settings.batch_size,

@@ -18,7 +18,7 @@ from metaopt.models import SourceModel
 from metaopt.online.guard import NONFINITE, RESTORED, SKIPPED, FiniteGuard
 from metaopt.policy import AdaptationPolicy, PolicyState, check_source
 from metaopt.policy.state import copied_state, state_from_list, state_to_list
-from metaopt.sparsity import ActivationMemory, MemoryConfig
+from metaopt.sparsity import ActivationMemory, MemoryConfig, Profiles
 from metaopt.types import Parameters, StepOutput
 
 FORMAT = "metaopt-online"
@@ -39,6 +39,7 @@ class OnlineAdapter:
         memory: ``dense``: activations are kept as torch keeps them; ``exact``, ``compact`` or ``pruned``: see
             :mod:`metaopt.sparsity.memory`.
         budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
+        profiles: what dry runs tell of the model, shared among adapters of one model and objective; None: its own.
 
     Raises:
         CheckpointError: the policy was trained on another model.
@@ -47,7 +48,13 @@ class OnlineAdapter:
     """
 
     def __init__(
-        self, model: nn.Module, policy: AdaptationPolicy, *, memory: str = "dense", budget_mib: float | None = None
+        self,
+        model: nn.Module,
+        policy: AdaptationPolicy,
+        *,
+        memory: str = "dense",
+        budget_mib: float | None = None,
+        profiles: Profiles | None = None,
     ) -> None:
         self.source = model if isinstance(model, SourceModel) else SourceModel(model)
         check_source(policy, self.source)
@@ -56,7 +63,7 @@ class OnlineAdapter:
         self.layout = policy.layout(self.model)
         reference = next(iter(self.layout.take(self.model).values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
-        self.memory = ActivationMemory(MemoryConfig(memory, budget_mib), self.policy.pruning)
+        self.memory = ActivationMemory(MemoryConfig(memory, budget_mib), self.policy.pruning, profiles)
         self.policy.pruning = self.memory.rule  # with nothing to choose, nothing is remembered of the layers either
         self.guard = FiniteGuard()
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
