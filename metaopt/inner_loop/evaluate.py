@@ -11,6 +11,7 @@ from metaopt.inner_loop.unroll import MetaBatch, MetaLoss
 from metaopt.parameters import detached
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import PolicyState
+from metaopt.sparsity import ActivationMemory
 from metaopt.types import Parameters
 
 
@@ -20,15 +21,17 @@ def unrolled_loss(
     parameters: Parameters,
     batches: Iterable[MetaBatch],
     meta_loss: MetaLoss,
+    memory: ActivationMemory | None = None,
 ) -> list[Tensor]:
     """Meta-loss at positions 1 to K of an unroll by deployment's in-place update: detached scalars, no meta-gradient.
 
-    Works for every method, those that never update included. ``parameters`` are not changed.
+    Works for every method, those that never update included. ``parameters`` are not changed; ``memory`` says how
+    activations are kept for backward, None as torch keeps them.
     """
     with torch.no_grad():
         parameters = policy.start(parameters)
         state = policy.init(parameters)
-    return deployed(policy, model, parameters, state, batches, meta_loss).losses
+    return deployed(policy, model, parameters, state, batches, meta_loss, memory).losses
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def deployed(
     state: PolicyState,
     batches: Iterable[MetaBatch],
     meta_loss: MetaLoss,
+    memory: ActivationMemory | None = None,
 ) -> Deployment:
     """As :func:`unrolled_loss`, from any state on; also what became of it."""
     parameters = detached({name: tensor.clone() for name, tensor in parameters.items()})
@@ -56,7 +60,7 @@ def deployed(
     updates = 0
     for position, batch in enumerate(batches):
         with torch.set_grad_enabled(policy.updates):
-            parameters, state, output = policy.step(model, parameters, state, batch.images, apply, position)
+            parameters, state, output = policy.step(model, parameters, state, batch.images, apply, position, memory)
         updates += policy.updates and output.updated
         if position > 0:
             losses.append(meta_loss(output, batch).detach())

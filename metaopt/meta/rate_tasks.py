@@ -8,46 +8,71 @@ from torch import Tensor, nn
 from metaopt.inner_loop import RateTask
 from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy
-from metaopt.sparsity import LayerTable, Profile
+from metaopt.sparsity import ActivationMemory, LayerTable, LearnedRates, MemoryConfig, Profiles, PruningState
+from metaopt.sparsity.head import bytes_over_budget
+from metaopt.sparsity.importance import learning_layers
+from metaopt.sparsity.ratios import MIB
 from metaopt.types import Parameters
 
-LEAST_BUDGET = 1.1  # of the budgets that tasks have, times what the cheapest rates hold
+LEAST_BUDGET = 1.1  # of the budgets that tasks have, times what a step holds at the cheapest rates
+SELECTION = (0.2, 0.5)  # where model selection's budgets lie between the least and the largest, in logarithms
 
 
 class RateTasks:
-    """Draws budgets; what the model keeps for backward is found out at the first one.
+    """Budgets between what the cheapest rates and what the dearest need; dry runs tell them at the first one.
 
     Args:
         model: source model.
-        policy: gives the loss.
+        policy: gives the loss, and the rates.
         parameters: adapted tensors.
     """
 
     def __init__(self, model: nn.Module, policy: AdaptationPolicy, parameters: Parameters) -> None:
         self.model, self.policy, self.parameters = model, policy, parameters
-        self._table: LayerTable | None = None
+        self._profiles = Profiles()
 
     def sample(self, images: Tensor, generator: torch.Generator) -> RateTask:
-        """A budget drawn log-uniformly, from a little above what the cheapest rates hold to what the dearest do.
+        """A budget drawn log-uniformly.
 
         Args:
             images: a batch of the task, (B, 3, H, W).
             generator: CPU generator; the only source of randomness.
         """
-        table = self._layers(images)
-        totals = table.costs.sum(axis=0)
-        low, high = math.log(LEAST_BUDGET * totals.min()), math.log(totals.max())
-        budget = math.exp(low + float(torch.rand((), generator=generator)) * (high - low))
-        return RateTask(table, int(budget) + table.fixed)
+        table = self._table(images)
+        return RateTask(table, _budget(table, float(torch.rand((), generator=generator))))
 
-    def _layers(self, images: Tensor) -> LayerTable:
-        if self._table is None:
-            leaves = detached(self.parameters)
+    def memories(self, images: Tensor) -> list[ActivationMemory]:
+        """Steps as deployed under each of model selection's budgets, which are always the same."""
+        table = self._table(images)
+        configs = [MemoryConfig("pruned", _budget(table, position) / MIB) for position in SELECTION]
+        return [ActivationMemory(config, self.policy.pruning, self._profiles) for config in configs]
 
-            def loss_of(some: Tensor) -> Tensor:
-                loss = self.policy.evaluate(self.model, leaves, some).loss
-                assert loss is not None
-                return loss
+    def over_budget(self, task: RateTask, state: PruningState) -> int:
+        """Bytes by which the soft choices of the rates exceed a task's budget; see ``bytes_over_budget``.
 
-            self._table = Profile(self.model, loss_of, leaves, images).table(len(images))
-        return self._table
+        Args:
+            task: one of :meth:`sample`.
+            state: what earlier gradients told of the layers.
+        """
+        assert isinstance(self.policy.pruning, LearnedRates)
+        with torch.no_grad():
+            layers = list(learning_layers(self.parameters))
+            choices = self.policy.pruning.soft_choices(task.table, layers, state, task.budget)
+        return bytes_over_budget(task.table, choices, task.budget)
+
+    def _table(self, images: Tensor) -> LayerTable:
+        leaves = detached(self.parameters)
+
+        def loss_of(some: Tensor) -> Tensor:
+            loss = self.policy.evaluate(self.model, leaves, some).loss
+            assert loss is not None
+            return loss
+
+        return self._profiles.table(self.model, loss_of, leaves, images, prunes=True)
+
+
+def _budget(table: LayerTable, position: float) -> int:
+    """Bytes, from the least budget at position 0 to the largest at 1."""
+    least, most = (table.peak(costs) for costs in (table.costs.min(axis=1), table.costs.max(axis=1)))
+    low = math.log(LEAST_BUDGET * least)
+    return int(math.exp(low + position * max(0.0, math.log(most) - low)))

@@ -34,8 +34,9 @@ def held_out_tasks(trainer: "MetaTrainer", shifts: Sequence[str], count: int, st
 def selection_loss(trainer: "MetaTrainer", tasks: Sequence[Task]) -> float:
     """Mean over tasks and positions of the distance to the source model's predictions on the clean view.
 
-    An update gate that opens more often than it may costs ``EXCESS`` times the share beyond.
-    A policy that is trained on tasks that go on where another ended is scored on one stream of all tasks.
+    Where rates are learned, each task is also run under fixed budgets, at the rates that the policy then chooses. An
+    update gate that opens more often than it may costs ``EXCESS`` times the share beyond. A policy that is trained on
+    tasks that go on where another ended is scored on one stream of all tasks.
     """
     score = CleanTeacher(trainer.config.tempered)
     means, updates, parameters, state = [], 0, trainer.parameters, None
@@ -44,9 +45,13 @@ def selection_loss(trainer: "MetaTrainer", tasks: Sequence[Task]) -> float:
             with torch.no_grad():
                 parameters = trainer.policy.start(trainer.parameters)
                 state = trainer.policy.init(parameters)
-        run = deployed(trainer.policy, trainer.model, parameters, state, task, score)
-        parameters, state, updates = run.parameters, run.state, updates + run.updates
-        means.append(torch.stack(run.losses).mean())
+        budgeted = [] if trainer.rate_tasks is None else trainer.rate_tasks.memories(task[0].images)
+        runs = [
+            deployed(trainer.policy, trainer.model, parameters, state, task, score, memory)
+            for memory in (None, *budgeted)
+        ]
+        parameters, state, updates = runs[0].parameters, runs[0].state, updates + runs[0].updates
+        means.extend(torch.stack(run.losses).mean() for run in runs)
     loss = float(torch.stack(means).mean())
     allowed = trainer.config.update_rate
     rate = updates / sum(map(len, tasks))

@@ -221,6 +221,9 @@ class MetaTrainer:
             parameters, state = result.parameters, result.state
             losses.extend(result.losses)
             self._update(result.loss, result.gradients, steps)
+            if self.rate_tasks is not None and rates is not None:
+                over = self.rate_tasks.over_budget(rates, result.state.pruning)
+                self.monitor.scalar("meta/bytes_over_budget", over, self.counters.updates)
         self.carried = Carried.of(parameters, state)
         self._log_unroll(losses)
         return float(torch.stack(losses).mean())

@@ -102,11 +102,25 @@ class LearnedRates(nn.Module):
     def soft_choices(self, table: LayerTable, learning: Sequence[str], state: PruningState, budget: int) -> Tensor:
         """p, (L, R): how much of each rate of the menu a layer gets; differentiable in the head."""
         importance = self.importance(table, learning, state, budget)
+        fixed = self._beside(table, importance, budget)
         scale = 1.0 / float(table.dense_bytes.sum())
         cost = torch.as_tensor(table.costs * scale).to(importance)
         error = torch.as_tensor(table.distortions).to(importance)
         energy = importance.unsqueeze(1) * error
-        return soft_allocation(energy, cost, (budget - table.fixed) * scale, self.config.temperature)
+        return soft_allocation(energy, cost, (budget - fixed) * scale, self.config.temperature)
+
+    @staticmethod
+    def _beside(table: LayerTable, importance: Tensor, budget: int) -> int:
+        """What a step holds beside its layers' bytes at its fullest moment, under the hard allocation."""
+        chosen = allocate(table, importance.detach().cpu().double().numpy(), budget)
+        held = table.costs[range(len(chosen)), chosen]
+        return table.peak(held) - int(held.sum())
+
+
+def bytes_over_budget(table: LayerTable, choices: Tensor, budget: int) -> int:
+    """By how much the expected bytes of soft choices p, (L, R), make a step go over the budget; 0 if they do not."""
+    expected = (choices.detach().cpu().double() * torch.as_tensor(table.costs)).sum(dim=1)
+    return max(0, table.peak(expected.ceil().long().numpy()) - budget)
 
 
 def layer_features(table: LayerTable, dense: Tensor, gradient: Tensor, budget: int | None) -> Tensor:

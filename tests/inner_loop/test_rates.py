@@ -9,6 +9,7 @@ from metaopt.inner_loop.rates import RateProbe
 from metaopt.inner_loop.unroll import MetaBatch
 from metaopt.meta import MetaTrainConfig, MetaTrainer
 from metaopt.meta.loss import build_meta_loss
+from metaopt.meta.selection import selection_loss
 from metaopt.parameters import adapted_layout, detached
 from metaopt.policy import policy_from_dict, policy_to_dict
 from metaopt.sparsity import LayerTable, LearnedRates, Profile, Rate, SavedActivations
@@ -65,10 +66,10 @@ def test_the_meta_gradient_reaches_the_head_and_depends_on_the_budget() -> None:
     for seed in range(4):
         images = random_images(32, seed)
         batches.append(MetaBatch(images, MODEL(images).logits.softmax(dim=1)))
-    totals = table.costs.sum(axis=0)
+    least = table.peak(table.costs.min(axis=1))
     found = []
-    for share in (1.2, 2.0):
-        task = RateTask(table, int(share * totals.min()) + table.fixed)
+    for share in (1.1, 1.5):
+        task = RateTask(table, int(share * least))
         result = meta_gradient(
             policy, MODEL, OWN, None, batches, loss, rates=task, generator=torch.Generator().manual_seed(0)
         )
@@ -86,6 +87,24 @@ def test_meta_training_moves_the_head_and_its_file_brings_it_back() -> None:
     loaded = policy_from_dict(policy_to_dict(policy))
     assert isinstance(loaded.pruning, LearnedRates) and loaded.pruning.config == policy.pruning.config
     assert torch.equal(loaded.pruning.output.weight, policy.pruning.output.weight)
+
+
+def test_a_run_logs_the_bytes_over_budget_and_selection_sees_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = MetaTrainer(tiny_model(), random_images(32, 3), None, tiny_config(rates=True, epochs=1))
+    logged: list[float] = []
+    scalar = trainer.monitor.scalar
+    monkeypatch.setattr(
+        trainer.monitor,
+        "scalar",
+        lambda tag, value, step: logged.append(value) if tag == "meta/bytes_over_budget" else scalar(tag, value, step),
+    )
+    trainer.run()
+    assert len(logged) == trainer.counters.updates and min(logged) >= 0
+    head, own = trainer.policy.pruning, selection_loss(trainer, trainer.selection)
+    assert isinstance(head, LearnedRates)
+    with torch.no_grad():
+        head.output.weight.normal_(std=30.0, generator=torch.Generator().manual_seed(0))
+    assert selection_loss(trainer, trainer.selection) != own
 
 
 def test_rates_are_learned_in_first_order_alone() -> None:
