@@ -155,16 +155,18 @@ class _Cost:
         if PRUNED[0] in measured:
             self._lines += [self._line(PRUNED[:3]), self._line(PRUNED[3:])]
 
-    def _line(self, rates: Sequence[Rate]) -> NDArray[numpy.float64]:
+    def _line(self, rates: Sequence[Rate]) -> list[float]:
         """The least solution through the measured points."""
         points = numpy.array([_terms(rate) for rate in rates])
-        return numpy.linalg.lstsq(points, numpy.array([self._measured[rate] for rate in rates], float), rcond=None)[0]
+        measured = numpy.array([self._measured[rate] for rate in rates], float)
+        return numpy.linalg.lstsq(points, measured, rcond=None)[0].tolist()
 
     def __call__(self, rate: Rate) -> int:
         if rate in self._measured:
             return self._measured[rate]
         line = 0 if rate.keep == 1.0 else 1 if rate.bits <= 8 else 2
-        return math.ceil(self._lines[line] @ _terms(rate) - 1e-6)
+        start, per_bit, per_kept = self._lines[line]
+        return math.ceil(start + rate.bits * (per_bit + per_kept * rate.keep) - 1e-6)
 
 
 def _terms(rate: Rate) -> tuple[float, float, float]:

@@ -27,7 +27,7 @@ from metaopt.sparsity.codec import Rate
 
 MIB = 2**20
 SMALLEST_KEEP = 1 / 256  # of a published ratio: below it the mask alone decides what a layer costs
-HALVINGS = 40  # of the search for a common factor
+HALVINGS = 20  # of the search for a common factor, in each step: to a part in a million
 
 Costs = Callable[[Rate], int]
 """Bytes that a layer holds at a rate."""

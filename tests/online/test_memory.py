@@ -92,6 +92,27 @@ def test_a_budget_needs_something_to_choose(memory: str) -> None:
         new_adapter(memory, 1.0)
 
 
+@pytest.mark.parametrize("budget", [None, 8.0])
+@pytest.mark.parametrize("pruning", [name for name in PRUNING_RULES if name != "published"])
+def test_a_step_takes_one_forward_pass(pruning: str, budget: float | None) -> None:
+    assert passes(pruning, budget) == [24, 24]
+
+
+@pytest.mark.parametrize("budget", [None, 8.0])
+def test_the_published_step_has_another_pass_on_ten_images(budget: float | None) -> None:
+    assert passes("published", budget) == [10, 24, 10, 24]
+
+
+def passes(pruning: str, budget: float | None) -> list[int]:
+    """Images in each forward pass of two steps."""
+    adapter = new_adapter(budget=budget, pruning=pruning)
+    adapter.prepare(BATCHES[0])
+    seen: list[int] = []
+    adapter.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    run(adapter, BATCHES[:2])
+    return seen
+
+
 @pytest.mark.parametrize("name", CHOOSING)
 def test_saved_and_loaded_in_mid_stream_is_unbroken(name: str, tmp_path: Path) -> None:
     whole, first, second = (CHOOSING[name]() for _ in range(3))
