@@ -162,6 +162,10 @@ def test_refusals_say_what_to_do() -> None:
             build_method(MethodConfig("tent", update="adam", objective=objective))
     with pytest.raises(ConfigError, match="unknown objective term 'entrpy'"):
         build_method(MethodConfig("tent", update="adam", objective={"entrpy": 1.0}))
+    with pytest.raises(ConfigError, match="has the objective's term teacher and no teacher"):
+        build_method(MethodConfig("tent", update="adam", objective={"teacher": 1.0}))
+    with pytest.raises(ValueError, match="needs its settings"):
+        AdaptationPolicy("taught", predict_with="teacher")
     with pytest.raises(ValueError, match="needs an update rule"):
         AdaptationPolicy("half", rule=Adam())
 
