@@ -10,7 +10,7 @@ import torch
 from metaopt.errors import ConfigError
 from metaopt.experts import ExpertsConfig, LearnedExperts, TeacherConfig
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
-from metaopt.objectives import WeightedObjective
+from metaopt.objectives import OBJECTIVE_TERMS, WeightedObjective
 from metaopt.policy.adapts import ADAPTS
 from metaopt.policy.gate import Gate, LearnedGate, PeriodicGate
 from metaopt.policy.policy import AdaptationPolicy
@@ -138,8 +138,8 @@ def _objective(config: MethodConfig, policy: AdaptationPolicy | None) -> Weighte
     weights = {name: weight for name, weight in config.objective.items() if weight != 0}
     if not weights:
         raise ConfigError(
-            f"method {config.name!r} has no objective; allowed are positive weights of entropy, slr, diversity or "
-            "discrepancy: set for example method.objective.entropy=1, or give a policy"
+            f"method {config.name!r} has no objective; allowed are positive weights of {', '.join(OBJECTIVE_TERMS)}: "
+            "set for example method.objective.entropy=1, or give a policy"
         )
     return WeightedObjective(weights)
 
