@@ -31,6 +31,7 @@ MENU = (
 """Rates that a rule chooses from; what is no bargain for a layer drops out by itself."""
 WHOLE = (Rate(32), Rate(16), Rate(8))  # measured, beside the cheapest; codes are affine in their bits
 PRUNED = (Rate(4, 0.5), Rate(4, 0.25), Rate(3, 0.05), Rate(32, 0.75), Rate(32, 0.25))  # measured as well
+RESERVE = 0.06  # of what a step holds at the cheapest rates, for what the dry runs do not foresee
 SLACK = 64  # bytes a layer, for codes that are rounded up to whole bytes
 MASK_SHARE = 1 / 16  # of the dense bytes, float32: a bit an entry is 1 / 32
 TOLD_SHARE = 1 / 64  # of the bytes in float32: with codes of its own a module keeps 1 / 32
@@ -96,7 +97,9 @@ class Profile:
         errors = [distortion(rate) for rate in self.menu]
         beside = self._at(self._beside, images, least_slope=0.0)
         fixed = int(beside[0])  # at the end of the forward pass, which is the first of the moments
-        return LayerTable(layers, self.menu, errors, fixed, self._alive, beside - fixed)
+        table = LayerTable(layers, self.menu, errors, fixed, self._alive, beside - fixed)
+        reserve = math.ceil(RESERVE * table.peak(table.costs.min(axis=1)))
+        return LayerTable(layers, self.menu, errors, fixed + reserve, self._alive, beside - fixed)
 
     def _sums(self, pair: Sequence[dict[str, "_Part"]], value: str) -> "_Pair":
         """A number of each group in the smaller and the larger dry run, both (L,)."""

@@ -77,7 +77,7 @@ QUICK = ("gru", "pooled", "shared", "checkpointed")
 
 
 # Seen with float32 ratios, one per layer; rate_distortion kept the same budgets.
-GAP = pytest.mark.xfail(strict=True, raises=AssertionError, reason="single_pass goes over by 4 % on MobileNetV3")
+GAP = pytest.mark.xfail(strict=True, raises=AssertionError, reason="single_pass goes over by 2 % on MobileNetV3")
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
