@@ -1,6 +1,8 @@
 """Tiny networks, images and settings that the tests of the policy, of meta-training and of deployment share."""
 
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from metaopt.inner_loop import UnrollConfig
 from metaopt.meta import MetaTrainConfig, TaskConfig
 from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
+from metaopt.online import OnlineAdapter
 from metaopt.parameters import adapted_layout
 from metaopt.policy import AdaptationPolicy, SourceRecord, new_policy
 
@@ -51,6 +54,19 @@ def tiny_net(seed: int = 0, classes: int = CLASSES, dtype: torch.dtype = torch.f
             ):
                 tensor.data.copy_(centre + 0.1 * torch.rand_like(tensor))
     return net.to(dtype).eval()
+
+
+def assert_goes_on(adapters: Callable[[], OnlineAdapter], stream: list[Tensor], cut: int, path: Path) -> OnlineAdapter:
+    """Saved after ``cut`` batches and loaded by another adapter, a stream goes on bit for bit; gives that adapter."""
+    whole, first, second = (adapters() for _ in range(3))
+    expected = [whole(images) for images in stream]
+    found = [first(images) for images in stream[:cut]]
+    first.save(path)
+    second.load(path)
+    found += [second(images) for images in stream[cut:]]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert second.guard.events == whole.guard.events
+    return second
 
 
 def tiny_model(seed: int = 0, classes: int = CLASSES, dtype: torch.dtype = torch.float32) -> SourceModel:

@@ -19,6 +19,7 @@ from metaopt.sparsity import PRUNING_RULES, LearnedRates, PruningRule, RatesConf
 from metaopt.types import SourceStatistics, UpdateRule
 
 UPDATES = ("none", *HAND_MADE_RULES, "generator")
+WATCHABLE = ("norm", "experts_norm")  # what may adapt where shifts are watched
 PREDICTORS = ("student", "teacher")
 
 
@@ -62,6 +63,12 @@ class MethodConfig:
             raise ConfigError(
                 f"method.adapts is {self.adapts!r} and there are no experts; allowed without them are norm, all: give "
                 "method.experts, as configs/method/moase.yaml does"
+            )
+        if self.restoration and self.adapts not in WATCHABLE:
+            raise ConfigError(
+                f"method.restoration does not go with adapts={self.adapts}: a shift is seen before the first "
+                f"normalisation layer, which nothing before may have changed; allowed are {', '.join(WATCHABLE)}: set "
+                "method.adapts=norm, or method.restoration=false"
             )
         if self.predict_with == "teacher" and self.teacher is None:
             raise ConfigError(

@@ -38,7 +38,7 @@ from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective, augmented_view
 from metaopt.parameters import ParameterLayout, own_values
 from metaopt.policy.adapts import layout_of
-from metaopt.policy.gate import Gate, init_gate
+from metaopt.policy.gate import Gate, LearnedGate, init_gate
 from metaopt.policy.restoration import SourceRestoration
 from metaopt.policy.shift import init_reference
 from metaopt.policy.state import PolicyState
@@ -126,7 +126,7 @@ class AdaptationPolicy(nn.Module):
     @property
     def watches(self) -> bool:
         """Whether the distance of each batch from those before it is measured."""
-        return self.restoration is not None or self.gate is not None
+        return self.restoration is not None or isinstance(self.gate, LearnedGate)
 
     @property
     def known_shifts(self) -> frozenset[str]:

@@ -56,7 +56,9 @@ def respond(
 
 def opening(policy: "AdaptationPolicy", state: PolicyState, sensed: Sensed | None) -> Tensor | None:
     """z of the update gate, above 0 where a batch is worth an update; None for a policy without one."""
-    return None if policy.gate is None or sensed is None else policy.gate(state.gate, sensed.distance)
+    if policy.gate is None:
+        return None
+    return policy.gate(state.gate, state.gate.age.new_ones(()) if sensed is None else sensed.distance)
 
 
 def opens(policy: "AdaptationPolicy", state: PolicyState, sensed: Sensed | None) -> bool:

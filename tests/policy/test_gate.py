@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor
 
 from metaopt.errors import ConfigError
@@ -13,7 +14,7 @@ from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRestoration, build_method
 from metaopt.policy.gate import GateState, LearnedGate, PeriodicGate, straight_through
 
-from ..tiny import random_images, tiny_model, tiny_policy
+from ..tiny import assert_goes_on, random_images, tiny_model, tiny_policy
 
 TENT = MethodConfig("tent", update="adam", lr=0.01, objective={"entropy": 1.0})
 
@@ -122,12 +123,15 @@ def test_save_and_load_go_on_bit_for_bit(tmp_path) -> None:
     policy = gated(0.5)
     assert isinstance(policy.gate, LearnedGate)
     policy.gate.weights.data = torch.tensor([0.0, 0.0, 1.0, -1.0])
-    whole, first, second = (OnlineAdapter(tiny_model(), policy) for _ in range(3))
     stream = [random_images(16, seed) for seed in range(6)]
-    expected = [whole(images) for images in stream]
-    found = [first(images) for images in stream[:3]]
-    first.save(tmp_path / "state.pt")
-    second.load(tmp_path / "state.pt")
-    found += [second(images) for images in stream[3:]]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert second.guard.events == whole.guard.events
+    assert_goes_on(lambda: OnlineAdapter(tiny_model(), policy), stream, 3, tmp_path / "state.pt")
+
+
+def test_a_periodic_gate_runs_where_no_shift_can_be_watched() -> None:
+    config = replace(TENT, adapts="all", update_every=2)
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=4)
+    adapter = OnlineAdapter(vit.eval(), build_method(config))
+    assert [adapter.step(random_images(8, seed)).updated for seed in range(4)] == [True, False, True, False]
+    with pytest.raises(ConfigError, match=r"method.restoration does not go with adapts=all"):
+        replace(config, restoration=True)

@@ -12,7 +12,7 @@ from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, RestorationConfig, SourceRestoration, build_method
 from metaopt.policy.restoration import restored
 
-from ..tiny import random_images, tiny_model, tiny_policy
+from ..tiny import assert_goes_on, random_images, tiny_model, tiny_policy
 
 
 def adam(restoration: SourceRestoration | None) -> AdaptationPolicy:
@@ -95,14 +95,8 @@ def test_save_and_load_go_on_bit_for_bit_across_a_shift(tmp_path) -> None:
     model, policy = tiny_model(), tiny_policy(tiny_model())
     policy.restoration = SourceRestoration()
     stream = [random_images(16, seed) * (1.0 if seed < 3 else 0.4) for seed in range(6)]
-    whole, first, second = (OnlineAdapter(model, policy) for _ in range(3))
-    expected = [whole(images) for images in stream]
-    found = [first(images) for images in stream[:2]]
-    first.save(tmp_path / "state.pt")
-    second.load(tmp_path / "state.pt")
-    found += [second(images) for images in stream[2:]]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert second.guard.events == whole.guard.events and whole.guard.events["restored"] == 1
+    adapter = assert_goes_on(lambda: OnlineAdapter(model, policy), stream, 2, tmp_path / "state.pt")
+    assert adapter.guard.events["restored"] == 1
 
 
 def test_methods_take_the_policys_restoration_or_the_default_one() -> None:
