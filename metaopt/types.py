@@ -29,6 +29,12 @@ class SourceStatistics:
     mean: tuple[Tensor, ...]  # one (D_l,) per block
     std: tuple[Tensor, ...]  # one (D_l,) per block
 
+    def to(self, *args: Any, **kwargs: Any) -> "SourceStatistics":
+        """The same on another device or in another type, as of ``Tensor.to``."""
+        return SourceStatistics(
+            tuple(mean.to(*args, **kwargs) for mean in self.mean), tuple(std.to(*args, **kwargs) for std in self.std)
+        )
+
 
 @dataclass(frozen=True)
 class StepOutput:

@@ -148,6 +148,7 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
         unroll=UnrollConfig(meta.gradient, meta.truncation, meta.term_steps),
         restoration=RestorationConfig() if meta.restoration else None,
         carry=meta.carry if meta.restoration else 0.0,
+        prior=meta.prior,
         update_rate=meta.update_rate,
         experts=None if settings.experts is None else LearnedExpertsConfig.from_dict(settings.experts),
         teacher=None if settings.teacher is None else TeacherConfig.from_dict(settings.teacher),

@@ -11,6 +11,7 @@ from typing import Any
 from metaopt.errors import ConfigError
 from metaopt.experts import ExpertsConfig, TeacherConfig
 from metaopt.policy import MethodConfig
+from metaopt.policy.prior import DEFAULT_COUNT
 
 UPDATES = ("none", "adam", "sgd", "generator")
 PARTS = ("stream", "source")
@@ -103,6 +104,7 @@ class MethodSection:
     objective_from_policy: bool = False  # with policy_path, take its objective with the learned weights
     pruning: str = "rate_distortion"  # the rule of memory=pruned
     restoration: bool = False  # bring the source back where the stream shifts
+    prior: float | None = None  # images for which the source's statistics count; None: the policy's, or none
     update_every: int | None = None  # a domain's batches from one update to the next; None: the policy's gate, else 1
     betas: list[float] | None = None  # of Adam; None: its default
     adapts: str = "norm"  # which tensors change
@@ -185,6 +187,7 @@ class MetaSection:
     report_adam_lr: float
     restoration: bool = True
     carry: float = 0.5
+    prior: float | None = DEFAULT_COUNT
     update_rate: float | None = None
     rates: bool = False
 

@@ -115,10 +115,13 @@ def update_teacher(config: TeacherConfig, state: TeacherState, parameters: Param
     return TeacherState(average, state.step + 1)
 
 
-def teacher_logits(model: nn.Module, state: TeacherState, images: Tensor, *, batch_statistics: bool = False) -> Tensor:
-    """The teacher's prediction (B, C): the source model with the averaged tensors, without gradients."""
+def teacher_logits(model: nn.Module, state: TeacherState, images: Tensor, **statistics: Any) -> Tensor:
+    """The teacher's prediction (B, C): the source model with the averaged tensors, without gradients.
+
+    ``statistics``: how BatchNorm layers normalise, as `metaopt.models.SourceModel.forward` takes it.
+    """
     with torch.no_grad():
-        return functional_call(model, state.average, (images,), {"batch_statistics": batch_statistics}).logits
+        return functional_call(model, state.average, (images,), statistics).logits
 
 
 def proximal_loss(config: TeacherConfig, parameters: Parameters, anchor: Parameters) -> Tensor:

@@ -8,7 +8,8 @@ meta-loss; a second pass replays the rule alone on losses :math:`\langle g_t, \t
 noted ones. The network's graph never outlives its own step, so memory does not grow with K.
 
 Learned first values of experts are where the replay starts: their gradient is :math:`\sum_t \nabla L_t`, and what the
-rule's steps add to it. Learned gates act in the forward pass: theirs is the direct derivative of each L_t.
+rule's steps add to it. Learned gates and a learned prior act in the forward pass: theirs is the
+direct derivative of each L_t.
 """
 
 from contextlib import nullcontext
@@ -143,18 +144,19 @@ class FirstOrderUnroll(Unroll):
             notes.logits = [output.logits.detach()]
             spoiled = None if probe is None else self._spoiled(probe, output, leaves, state)
             score = self.meta_loss(output, batch) if position > 0 else None
-            shared = score is not None and self.meta_loss.own_objective and position not in self.term_steps
-            shared = shared and not self.direct
+            shared = self.meta_loss.own_objective and position not in self.term_steps  # the meta-loss is the loss
             inner = None
-            if position < self.steps:
-                inner = self._inner_gradients(output, leaves, position, keep=score is not None and not shared)
+            if position < self.steps and (score is None or not shared):
+                inner = self._inner_gradients(output, leaves, position, keep=score is not None)
             if score is not None:
-                notes.meta.append(inner[0][1] if shared and inner is not None else self._scored(score, leaves))
+                notes.meta.append(self._scored(score, leaves))
                 self.losses.append(score.detach())
+                if inner is None and position < self.steps:
+                    inner = [(score.new_ones(()), notes.meta[-1])]
         return inner if inner is None or spoiled is None else [*inner, spoiled]
 
     def _scored(self, score: Tensor, leaves: Parameters) -> Parameters:
-        """Gradient of the meta-loss in the adapted tensors; that in the gates is taken down at once."""
+        """Gradient of the meta-loss in the adapted tensors; that in `direct` is taken down at once."""
         gradients = gradients_of(score, leaves | self.direct)
         for name in self.direct:
             self.gradients[name] = self.gradients[name] + gradients[name] / self.steps

@@ -87,6 +87,7 @@ PARTS = {  # of a policy, by how the names of their learned tensors start and en
     "rates": ("pruning.", ""),
     "restoration": ("restoration.", ""),
     "gate": ("gate.", ""),
+    "prior": ("prior.", ""),
     "gates": ("learned_experts.", (".router.weight", ".router.bias")),
     "experts": ("learned_experts.", EXPERT_TENSORS),
 }
@@ -123,7 +124,7 @@ class Unroll:
         experts = policy.learned_experts
         gates = set() if experts is None else {id(tensor) for tensor in experts.gates().values()}
         # Learned tensors that act in the forward pass itself, not through the rule.
-        self.direct = {name: tensor for name, tensor in self.learned.items() if id(tensor) in gates}
+        self.direct = {n: tensor for n, tensor in self.learned.items() if id(tensor) in gates or n.startswith("prior.")}
         self.losses: list[Tensor] = []
         self.rates, self.generator = rates, generator
         self.update_price, self.opened = update_price, list[bool]()

@@ -12,6 +12,7 @@ from metaopt.inner_loop.unroll import UnrollConfig
 from metaopt.meta.loss import META_LOSSES
 from metaopt.meta.tasks import TaskConfig
 from metaopt.policy import RestorationConfig
+from metaopt.policy.prior import DEFAULT_COUNT, LearnedPrior
 
 SCHEDULES = ("cosine", "constant")
 
@@ -31,6 +32,8 @@ class MetaTrainConfig:
     restoration: RestorationConfig | None = field(default_factory=RestorationConfig)
     carry: float = 0.5  # probability that a task begins where the one before it ended
     update_rate: float | None = None  # share of batches that the learned update gate may open at; None: no gate
+    # Images for which the source's statistics count in each BatchNorm layer, at the start; learned. None: for none.
+    prior: float | None = DEFAULT_COUNT
     rates: bool = False  # whether rates of what is kept of each layer are learned too, for any budget
     loss: str = "clean_teacher"
     tempered: bool = True  # whether the clean teacher is compared at the best temperature
@@ -77,6 +80,8 @@ class MetaTrainConfig:
                 f"meta.update_rate does not go with meta.gradient={self.unroll.gradient}; allowed is first_order: set "
                 "meta.gradient=first_order"
             )
+        if self.prior is not None:
+            LearnedPrior((), self.prior)  # checks its own range
         if not 0 <= self.carry <= 1:
             raise ConfigError(f"meta.carry is {self.carry}; a probability lies in [0, 1]: set for example 0.5")
         if self.objective.get("teacher", 0) > 0 and self.teacher is None:
@@ -104,6 +109,13 @@ class MetaTrainConfig:
         first = min(self.first_steps, self.steps)
         ramp = max(1, round(self.curriculum * self.epochs))
         return first + round((self.steps - first) * min(1.0, epoch / ramp))
+
+    def rate_at(self, epoch: int, unroll: int) -> float:
+        """Rate of the meta-optimizer at an unroll of an epoch (from 0): with "cosine", down to a tenth at the end."""
+        if self.schedule == "constant":
+            return self.lr
+        done = (epoch * self.unrolls + unroll) / (self.epochs * self.unrolls)
+        return self.lr * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives, to compare and to store."""

@@ -1,7 +1,6 @@
 """Meta-training: learn the policy's generator, step sizes and objective weights on a few unlabeled images."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from metaopt.meta.selection import held_out_tasks, selection_loss
 from metaopt.meta.tasks import Task, TaskSampler, Window
 from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
-from metaopt.policy import AdaptationPolicy, PolicyState, SourceRecord, layout_of, new_policy
+from metaopt.policy import AdaptationPolicy, PolicyState, SourceRecord, layout_of, learned_prior, new_policy
 from metaopt.sparsity import RatesConfig
 from metaopt.types import Parameters
 
@@ -79,6 +78,7 @@ class MetaTrainer:
             teacher=config.teacher,
             restoration=config.restoration,
             gate=config.update_rate is not None,
+            prior=learned_prior(self.model, config.prior),
             seed=config.seed,
         ).to(images.device, next(iter(self.parameters.values())).dtype)
         assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)
@@ -257,7 +257,7 @@ class MetaTrainer:
             penalty.backward()
         norm = torch.nn.utils.clip_grad_norm_(tensors.values(), self.config.clip_norm)
         if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
-            self.optimizer.param_groups[0]["lr"] = self.config.lr * self._rate(counters)
+            self.optimizer.param_groups[0]["lr"] = self.config.rate_at(counters.epoch, counters.unroll)
             self.optimizer.step()
         else:
             counters.skipped += 1
@@ -267,13 +267,6 @@ class MetaTrainer:
         self.monitor.scalar("meta/grad_norm", norm, counters.updates)
         self.monitor.scalar("meta/steps", steps, counters.updates)
         self.monitor.scalar("meta/skipped", counters.skipped, counters.updates)
-
-    def _rate(self, counters: Counters) -> float:
-        """Factor on the meta-optimizer's rate: a cosine from 1 to 0.1 over the whole training."""
-        if self.config.schedule == "constant":
-            return 1.0
-        done = (counters.epoch * self.config.unrolls + counters.unroll) / (self.config.epochs * self.config.unrolls)
-        return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))
 
     def _log_unroll(self, losses: list[Tensor]) -> None:
         if self.counters.unroll == self.config.unrolls - 1:

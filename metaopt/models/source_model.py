@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metaopt.errors import DataError, ModelError
 from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
+from metaopt.models.source_prior import SourcePrior
 from metaopt.models.spec import CUSTOM_PREFIX, ModelSpec, triple
 from metaopt.types import ForwardOutput
 
@@ -84,7 +85,9 @@ class SourceModel(nn.Module):
         """Stay in ``eval()`` whatever is asked: only BatchNorm's statistics change mode, by ``batch_statistics``."""
         return super().train(False)
 
-    def forward(self, images: Tensor, batch_statistics: bool = False, features: bool = False) -> ForwardOutput:
+    def forward(
+        self, images: Tensor, batch_statistics: bool = False, features: bool = False, prior: Tensor | None = None
+    ) -> ForwardOutput:
         """Logits, and each block's features where asked.
 
         Args:
@@ -92,16 +95,19 @@ class SourceModel(nn.Module):
             batch_statistics: BatchNorm layers normalise by this batch instead of by their running buffers, which stay
                 untouched in either case.
             features: also give each block's output, pooled to (B, D_l).
+            prior: with batch statistics, for how many images the source's count beside them
+                (`metaopt.models.source_prior`): one number for all BatchNorm layers, (), or one for each, (L,).
 
         Raises:
             DataError: the images' shape does not fit the model.
-            ModelError: features are asked of a model without blocks, or a block did not run.
+            ModelError: features are asked of a model without blocks, or a block did not run; or the prior has another
+                number of layers.
         """
         self._check_shape(images)
         inputs = (images - self.mean) / self.std
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with _batch_statistics(self.module, batch_statistics):
+        with _batch_statistics(self.module, batch_statistics, prior):
             if not features:
                 return ForwardOutput(_logits(self.module(inputs)))
             with self._recorded_features(images.shape[0]) as recorded:
@@ -146,8 +152,8 @@ class SourceModel(nn.Module):
 
 
 @contextmanager
-def _batch_statistics(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """BatchNorm layers inside normalise by the batch.
+def _batch_statistics(module: nn.Module, enabled: bool, prior: Tensor | None) -> Iterator[None]:
+    """BatchNorm layers inside normalise by the batch, and with a prior, by the source too.
 
     In ``eval()`` and without running buffers torch takes the batch's statistics. So the buffers are out of the way for
     the duration, which also guards them from NaN batches, and come back in any case.
@@ -159,6 +165,10 @@ def _batch_statistics(module: nn.Module, enabled: bool) -> Iterator[None]:
             f"{type(module).__name__} has grad_checkpointing on, whose recomputation would miss the batch statistics; "
             "allowed is off with BatchNorm: call set_grad_checkpointing(False)"
         )
+    if layers and prior is not None:
+        with SourcePrior(module, prior):
+            yield
+        return
     try:
         for layer in layers:
             layer.running_mean = layer.running_var = None

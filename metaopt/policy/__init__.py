@@ -11,6 +11,9 @@ from metaopt.policy.methods import MethodConfig as MethodConfig
 from metaopt.policy.methods import build_method as build_method
 from metaopt.policy.methods import new_policy as new_policy
 from metaopt.policy.policy import AdaptationPolicy as AdaptationPolicy
+from metaopt.policy.prior import FixedPrior as FixedPrior
+from metaopt.policy.prior import LearnedPrior as LearnedPrior
+from metaopt.policy.prior import learned_prior as learned_prior
 from metaopt.policy.restoration import RestorationConfig as RestorationConfig
 from metaopt.policy.restoration import SourceRestoration as SourceRestoration
 from metaopt.policy.state import PolicyState as PolicyState

@@ -14,6 +14,7 @@ from metaopt.objectives import OBJECTIVE_TERMS, WeightedObjective
 from metaopt.policy.adapts import ADAPTS
 from metaopt.policy.gate import Gate, LearnedGate, PeriodicGate
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.prior import FixedPrior, LearnedPrior, Prior
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
 from metaopt.sparsity import PRUNING_RULES, LearnedRates, PruningRule, RatesConfig, build_rule
 from metaopt.types import SourceStatistics, UpdateRule
@@ -33,7 +34,9 @@ class MethodConfig:
     which tensors change, and ``predict_with`` whose logits count. ``experts`` and ``teacher`` None: there are none.
     ``restoration`` brings the source back where the stream shifts: as the policy learned to, and without one that did,
     as ``RestorationConfig`` begins. ``update_every`` is the number of a domain's batches from one update to the next;
-    None: the policy's gate decides where it has learned one, else every batch updates.
+    None: the policy's gate decides where it has learned one, else every batch updates. ``prior`` is the number of
+    images for which the source counts in BatchNorm layers; None: as many as the policy has learned where its
+    generator runs, else none.
     """
 
     name: str
@@ -50,6 +53,7 @@ class MethodConfig:
     predict_with: str = "student"
     restoration: bool = False
     update_every: int | None = None
+    prior: float | None = None
 
     def __post_init__(self) -> None:
         """Check each choice and what they need of one another."""
@@ -77,6 +81,13 @@ class MethodConfig:
             )
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"method.lr is {self.lr}; it must be positive and finite: set for example 0.001")
+        if self.prior is not None and not self.batch_statistics:
+            raise ConfigError(
+                f"method.prior is {self.prior:g} and batch_statistics is false; a prior stands beside the batch's "
+                "statistics: set method.batch_statistics=true, or method.prior=null"
+            )
+        if self.prior is not None:
+            FixedPrior(self.prior)  # checks its own range
         if self.update in HAND_MADE_RULES:
             self.rule()  # checks its own settings
 
@@ -101,7 +112,7 @@ def build_method(
             a teacher.
     """
     if config.update == "none":
-        return AdaptationPolicy(config.name, batch_statistics=config.batch_statistics)
+        return AdaptationPolicy(config.name, batch_statistics=config.batch_statistics, prior=_prior(config, None))
     if policy is not None and policy.statistics is not None:
         statistics = policy.statistics
     objective = _objective(config, policy)
@@ -114,6 +125,7 @@ def build_method(
     method = AdaptationPolicy(
         config.name,
         batch_statistics=config.batch_statistics,
+        prior=_prior(config, policy),
         objective=objective,
         rule=rule,
         statistics=statistics,
@@ -187,6 +199,12 @@ def _restoration(config: MethodConfig, policy: AdaptationPolicy | None) -> Sourc
     return policy.restoration if policy is not None and policy.restoration is not None else SourceRestoration()
 
 
+def _prior(config: MethodConfig, policy: AdaptationPolicy | None) -> Prior | None:
+    if config.prior is not None:
+        return FixedPrior(config.prior) if config.prior > 0 else None
+    return policy.prior if policy is not None and config.update == "generator" else None
+
+
 def _gate(config: MethodConfig, policy: AdaptationPolicy | None) -> Gate | None:
     if config.update_every is not None:
         return PeriodicGate(config.update_every)
@@ -205,12 +223,13 @@ def new_policy(
     teacher: TeacherConfig | None = None,
     restoration: RestorationConfig | None = None,
     gate: bool = False,
+    prior: LearnedPrior | None = None,
     seed: int = 0,
 ) -> AdaptationPolicy:
     """A policy before meta-training: a fresh generator, drawn from ``seed``, and the objective's first weights.
 
     ``rates``: also fresh learned rates; ``restoration``: also one that starts there; ``gate``: also an update gate;
-    ``experts``: also these, which adapt beside the norm layers.
+    ``experts``: also these, which adapt beside the norm layers; ``prior``: also this one.
 
     Terms of weight 0 are left out.
     """
@@ -230,4 +249,6 @@ def new_policy(
         teacher=teacher,
         restoration=None if restoration is None else SourceRestoration(restoration),
         gate=LearnedGate() if gate else None,
+        # The objective can be had cheaply by other statistics: where it is the judge too, they stay as they are.
+        prior=None if prior is None else prior.requires_grad_(learned_objective),
     )

@@ -39,6 +39,7 @@ from metaopt.objectives import WeightedObjective, augmented_view
 from metaopt.parameters import ParameterLayout, own_values
 from metaopt.policy.adapts import layout_of
 from metaopt.policy.gate import Gate, LearnedGate, init_gate
+from metaopt.policy.prior import Prior
 from metaopt.policy.restoration import SourceRestoration
 from metaopt.policy.shift import init_reference
 from metaopt.policy.state import PolicyState
@@ -57,6 +58,7 @@ class AdaptationPolicy(nn.Module):
     Args:
         method: name of the composition, for reports.
         batch_statistics: whether BatchNorm layers normalise by the batch (else by the source's running statistics).
+        prior: for how many images the source's statistics count beside the batch's; None: for none.
         objective: label-free loss; None for a method that never updates.
         rule: update rule; None for a method that never updates. A learned rule is an ``nn.Module`` and its tensors are
             learned together with the objective's weights.
@@ -78,6 +80,7 @@ class AdaptationPolicy(nn.Module):
         method: str,
         *,
         batch_statistics: bool = True,
+        prior: Prior | None = None,
         objective: WeightedObjective | None = None,
         rule: UpdateRule | None = None,
         statistics: SourceStatistics | None = None,
@@ -98,6 +101,7 @@ class AdaptationPolicy(nn.Module):
             raise ValueError("who predicts with a teacher, or learns from one, needs its settings")
         self.method = method
         self.batch_statistics = batch_statistics
+        self.prior = prior
         self.objective = objective
         self.rule = rule
         self.statistics = statistics
@@ -195,18 +199,15 @@ class AdaptationPolicy(nn.Module):
         if self.predict_with == "teacher" or (self.objective is not None and self.objective.needs_teacher):
             assert self.teacher is not None and teacher is not None
             taught = self._taught(model, teacher, images, step)
-        arguments = {
-            "batch_statistics": self.batch_statistics,
-            "features": self.objective is not None and self.objective.needs_features,
-        }
-        tensors = self._gates() | parameters
-        output = functional_call(model, tensors, (images,), arguments)
+        features = self.objective is not None and self.objective.needs_features
+        tensors, statistics = self._gates() | parameters, self._statistics()
+        output = functional_call(model, tensors, (images,), statistics | {"features": features})
         logits = taught if taught is not None and self.predict_with == "teacher" else output.logits
         if self.objective is None:
             return StepOutput(logits)
         if self.objective.needs_view:
             view = augmented_view(images, generator_for("view", self.seed, step))
-            viewed = functional_call(model, tensors, (view,), {"batch_statistics": self.batch_statistics})
+            viewed = functional_call(model, tensors, (view,), statistics)
             output = output._replace(view_logits=viewed.logits)
         loss, terms = self.objective.loss(output._replace(teacher_logits=taught), self.statistics)
         if self.pulls:
@@ -216,6 +217,11 @@ class AdaptationPolicy(nn.Module):
             loss = loss + self.teacher.proximal * terms["proximal"]
         return StepOutput(logits, loss, terms)
 
+    def _statistics(self) -> dict[str, Any]:
+        """How BatchNorm layers normalise, as the source model takes it."""
+        prior = {} if self.prior is None else {"prior": self.prior()}
+        return {"batch_statistics": self.batch_statistics} | prior
+
     def _gates(self) -> Parameters:
         """Learned gates, which stay as they are online."""
         return {} if self.learned_experts is None else self.learned_experts.gates()
@@ -224,7 +230,7 @@ class AdaptationPolicy(nn.Module):
         """The teacher's logits, (B, C)."""
         assert self.teacher is not None
         state = teacher._replace(average=self._gates() | teacher.average)
-        return taught_logits(self.teacher, model, state, images, batch_statistics=self.batch_statistics, step=step)
+        return taught_logits(self.teacher, model, state, images, statistics=self._statistics(), step=step)
 
     def predict(
         self,
@@ -235,13 +241,12 @@ class AdaptationPolicy(nn.Module):
         teacher: TeacherState | None = None,
     ) -> StepOutput:
         """Predict alone, by one forward pass without a graph or a loss; arguments as of :meth:`evaluate`."""
-        statistics = self.batch_statistics
         with torch.no_grad():
             if self.predict_with == "teacher":
                 logits = self._taught(model, teacher or init_teacher(parameters), images, step)
             else:
                 tensors = self._gates() | parameters
-                logits = functional_call(model, tensors, (images,), {"batch_statistics": statistics}).logits
+                logits = functional_call(model, tensors, (images,), self._statistics()).logits
         return StepOutput(logits, updated=False)
 
     def step(
@@ -276,10 +281,7 @@ class AdaptationPolicy(nn.Module):
         """Move the learned tensors and the source statistics."""
         super().to(*args, **kwargs)
         if self.statistics is not None:
-            self.statistics = SourceStatistics(
-                tuple(mean.to(*args, **kwargs) for mean in self.statistics.mean),
-                tuple(std.to(*args, **kwargs) for std in self.statistics.std),
-            )
+            self.statistics = self.statistics.to(*args, **kwargs)
         return self
 
     def save(self, path: str | Path) -> None:

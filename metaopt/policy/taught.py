@@ -1,7 +1,8 @@
 """A method's teacher: its prediction, also as the mean over augmented views (CoTTA, CVPR 2022), and its move."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def taught_logits(
     state: TeacherState,
     images: Tensor,
     *,
-    batch_statistics: bool,
+    statistics: Mapping[str, Any],
     step: int,
 ) -> Tensor:
     """The teacher's logits (B, C), without gradients; of several views, their mean.
@@ -31,25 +32,21 @@ def taught_logits(
         model: source model, whose own tensors tell how sure it is.
         state: of the teacher.
         images: (B, 3, H, W) in [0, 1].
-        batch_statistics: whether BatchNorm layers normalise by the batch.
+        statistics: how BatchNorm layers normalise, as `metaopt.models.SourceModel.forward` takes it.
         step: number of updates before this one, which the views are drawn from.
     """
-    if config.views == 0 or (
-        config.sure_above < 1 and _confidence(model, images, batch_statistics) > config.sure_above
-    ):
-        return teacher_logits(model, state, images, batch_statistics=batch_statistics)
+    if config.views == 0 or (config.sure_above < 1 and _confidence(model, images, statistics) > config.sure_above):
+        return teacher_logits(model, state, images, **statistics)
     views = (
         augmented_view(images, generator_for("teacher view", config.seed, step, index)) for index in range(config.views)
     )
-    return torch.stack([teacher_logits(model, state, view, batch_statistics=batch_statistics) for view in views]).mean(
-        dim=0
-    )
+    return torch.stack([teacher_logits(model, state, view, **statistics) for view in views]).mean(dim=0)
 
 
 @torch.no_grad()
-def _confidence(model: nn.Module, images: Tensor, batch_statistics: bool) -> float:
+def _confidence(model: nn.Module, images: Tensor, statistics: Mapping[str, Any]) -> float:
     """Mean probability that the source gives to the class that it predicts."""
-    return model(images, batch_statistics=batch_statistics).logits.softmax(dim=1).amax(dim=1).mean().item()
+    return model(images, **statistics).logits.softmax(dim=1).amax(dim=1).mean().item()
 
 
 def settle(

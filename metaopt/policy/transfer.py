@@ -14,10 +14,11 @@ from torch import Tensor
 
 from metaopt.errors import CheckpointError
 from metaopt.generator import GradientGenerator
-from metaopt.models import SourceModel
+from metaopt.models import SourceModel, prior_layers
 from metaopt.parameters import AdaptedTensor
 from metaopt.policy.checkpoint import SourceRecord
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.prior import LearnedPrior
 from metaopt.types import SourceStatistics
 
 
@@ -48,6 +49,10 @@ def transferred(
         notes.append("source statistics: those of this model")
     parts = {"objective weights": policy.objective, "restoration": policy.restoration, "update gate": policy.gate}
     notes += [f"{name}: as learned" for name, part in parts.items() if part is not None]
+    if isinstance(policy.prior, LearnedPrior):
+        layers = prior_layers(model.module)
+        found.prior = policy.prior.on(layers) if layers else None
+        notes.append(f"source prior: {len(layers)} BatchNorm layers by depth")
     if policy.learned_experts is not None:
         found.learned_experts, found.experts, found.adapts = None, None, "norm"
         notes.append("experts: left out, they belong to the other model's blocks")

@@ -80,7 +80,9 @@ def test_the_meta_gradient_reaches_the_head_and_depends_on_the_budget() -> None:
 
 
 def test_meta_training_moves_the_head_and_its_file_brings_it_back() -> None:
-    trainer = MetaTrainer(tiny_model(), random_images(32, 3), None, tiny_config(rates=True, epochs=1))
+    trainer = MetaTrainer(
+        tiny_model(), random_images(32, 3), None, tiny_config(rates=True, epochs=1, select_best=False)
+    )
     policy = trainer.run()
     assert isinstance(policy.pruning, LearnedRates)
     assert bool((policy.pruning.output.weight != 0).any())
@@ -90,7 +92,9 @@ def test_meta_training_moves_the_head_and_its_file_brings_it_back() -> None:
 
 
 def test_a_run_logs_the_bytes_over_budget_and_selection_sees_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = MetaTrainer(tiny_model(), random_images(32, 3), None, tiny_config(rates=True, epochs=1))
+    trainer = MetaTrainer(
+        tiny_model(), random_images(32, 3), None, tiny_config(rates=True, epochs=1, select_best=False)
+    )
     logged: list[float] = []
     scalar = trainer.monitor.scalar
     monkeypatch.setattr(

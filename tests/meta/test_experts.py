@@ -31,7 +31,7 @@ def source() -> SourceModel:
 
 
 def trainer_with(monitor: Monitor | None = None, **parts: str) -> MetaTrainer:
-    config = tiny_config(experts=LearnedExpertsConfig(MIXTURES, **parts), teacher=TEACHER)
+    config = tiny_config(experts=LearnedExpertsConfig(MIXTURES, **parts), teacher=TEACHER, select_best=False)
     return MetaTrainer(source(), random_images(32), None, config, monitor)
 
 

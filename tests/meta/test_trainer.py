@@ -245,10 +245,9 @@ def test_one_point_for_each_meta_update(tmp_path: Path) -> None:
 
 def test_the_rate_falls_to_a_tenth_or_stays() -> None:
     for schedule, last in (("cosine", 0.1), ("constant", 1.0)):
-        trainer = trainer_with(schedule=schedule, epochs=4, unrolls=25, lr=0.01)
-        assert trainer._rate(trainer.counters) == 1.0
-        trainer.counters.epoch, trainer.counters.unroll = 3, 24
-        assert trainer._rate(trainer.counters) == pytest.approx(last, abs=1e-3)
+        config = trainer_with(schedule=schedule, epochs=4, unrolls=25, lr=0.01).config
+        assert config.rate_at(0, 0) == 0.01
+        assert config.rate_at(3, 24) == pytest.approx(0.01 * last, abs=1e-5)
 
 
 def test_the_source_model_stays_as_it_is() -> None:
