@@ -18,10 +18,16 @@ def with_statistics(model: SourceModel) -> SourceModel:
     """The same network with running statistics of its own, far from those of its batches."""
     torch.manual_seed(1)
     for name in prior_layers(model.module):
-        layer = model.module.get_submodule(name)
-        layer.running_mean.normal_()
-        layer.running_var.uniform_(0.5, 3.0)
+        mean, var = statistics_of(model.module.get_submodule(name))
+        mean.normal_()
+        var.uniform_(0.5, 3.0)
     return model
+
+
+def statistics_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The running mean and variance of a BatchNorm layer."""
+    assert isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 class Reference(nn.Module):
@@ -34,8 +40,9 @@ class Reference(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer, n = self.layer, len(x)
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        mixed_mean = (self.count * layer.running_mean + n * mean) / (self.count + n)
-        mixed_var = (self.count * layer.running_var + n * var) / (self.count + n)
+        source_mean, source_var = statistics_of(layer)
+        mixed_mean = (self.count * source_mean + n * mean) / (self.count + n)
+        mixed_var = (self.count * source_var + n * var) / (self.count + n)
         return functional.batch_norm(x, mixed_mean, mixed_var, layer.weight, layer.bias, False, 0.0, layer.eps)
 
 
@@ -79,7 +86,7 @@ def test_one_layers_derivatives_are_those_of_the_mixture() -> None:
     """In the weight, the bias and the count; the batch's statistics have no derivative in any of them."""
     torch.manual_seed(0)
     layer = nn.BatchNorm2d(3).double().eval()
-    layer.running_var.uniform_(0.5, 3.0)
+    statistics_of(layer)[1].uniform_(0.5, 3.0)
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
 
     def mixed(weight: Tensor, bias: Tensor, count: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ def test_one_layers_derivatives_are_those_of_the_mixture() -> None:
 
 def test_statistics_about_a_large_mean_keep_their_digits() -> None:
     layer = nn.BatchNorm2d(2, affine=False).eval()
-    layer.running_mean.fill_(1000.0)
+    statistics_of(layer)[0].fill_(1000.0)
     x = 1000.0 + 0.1 * torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     with SourcePrior(layer, torch.tensor(16.0)):
         found = layer(x)
@@ -112,7 +119,7 @@ def test_the_engine_keeps_no_more_than_without_it(memory: str) -> None:
         with saved:
             loss = model(batch, batch_statistics=True, **arguments).logits.square().sum()
             held.append(saved.held_bytes)
-            gradients.append(torch.autograd.grad(loss, [model.module.bn1.weight])[0])
+            gradients.append(torch.autograd.grad(loss, [model.get_parameter("module.bn1.weight")])[0])
     vectors = sum(8 * tensor.numel() for name, tensor in model.named_parameters() if "bn" in name)
     assert held[0] <= held[1] == held[2] <= held[0] + 4 * vectors
     assert torch.equal(gradients[0], gradients[1]) and not torch.allclose(gradients[1], gradients[2])
