@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from metaopt.errors import ModelError
 from metaopt.models import SourceModel, SourcePrior, prior_layers
+from metaopt.models.source_prior import moments_about
 from metaopt.sparsity import SavedActivations
 
 from ..inner_loop.cases import images, tiny_resnet, tiny_vit
@@ -108,6 +109,21 @@ def test_statistics_about_a_large_mean_keep_their_digits() -> None:
     layer.double()
     with SourcePrior(layer, torch.tensor(16.0, dtype=torch.float64)):
         torch.testing.assert_close(found.double(), layer(x.double()), rtol=0, atol=1e-3)
+
+
+def test_devices_without_that_kernel_have_the_same_statistics() -> None:
+    x = 50.0 + torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, variance = moments_about(x, torch.tensor([50.0, 0.0, 40.0], dtype=torch.float64))
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(variance, x.var((0, 2, 3), unbiased=False))
+
+
+def test_it_works_under_autocast() -> None:
+    model, batch = with_statistics(tiny_resnet(dtype=torch.float32)), images(0).float()
+    expected = model(batch, batch_statistics=True, prior=torch.tensor(3.0)).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(batch, batch_statistics=True, prior=torch.tensor(3.0)).logits
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("memory", ["exact", "compact"])
