@@ -120,6 +120,8 @@ def show(settings: OnlineSettings, report: RunReport, out: Path) -> None:
     print(f"time of a step: {ratio} plain forward passes{mean}")
     events = "".join(f", {name} {count}" for name, count in report.guard_events.items() if count)
     print(f"updates: {report.updates}{events}")
+    if len(report.pass_errors) > 1:
+        print("error of each pass: " + ", ".join("-" if e is None else f"{e:.2f} %" for e in report.pass_errors))
     print(f"predictions.csv, memory.csv, summary.json and curves in {out}")
 
 

@@ -115,6 +115,9 @@ class Results:
             for key, runs in groups.items()
         ]
         columns += ["error %", "ECE %", "held MiB", "step / forward", "in the mean"]
+        if any(len(run.pass_errors) > 1 for runs in groups.values() for run in runs):
+            columns.append("error by pass")
+            rows = [(*row, _by_pass(runs)) for row, runs in zip(rows, groups.values(), strict=True)]
         closing_table("Mean over the corruptions, ± standard deviation over the runs", columns, rows)
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
@@ -150,6 +153,7 @@ def _rows(arm: Arm, seed: int, report: RunReport) -> Iterator[dict[str, Any]]:
             "pruning": arm.method.pruning if arm.memory == "pruned" else None,
             "budget_mib": arm.budget,
             "seed": seed,
+            "pass": domain.number,
             "corruption": domain.name,
             "severity": domain.severity,
             "images": domain.images,
@@ -176,6 +180,11 @@ def _figures(runs: Sequence[RunReport]) -> tuple[str, str, str, str, str]:
         _spread([run.ratio_to_forward for run in runs]),
         _spread([run.mean_ratio_to_forward for run in runs]),
     )
+
+
+def _by_pass(runs: Sequence[RunReport]) -> str:
+    """Mean error of each pass through the stream."""
+    return ", ".join(_spread(errors) for errors in zip(*(run.pass_errors for run in runs), strict=True))
 
 
 def _spread(values: Sequence[float | None]) -> str:

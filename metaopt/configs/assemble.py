@@ -73,11 +73,15 @@ def unlabeled_images(settings: UsesSourceImages, device: torch.device) -> Tensor
 
 
 def build_stream(data: DataSection, seed: int) -> Stream:
-    """The stream of shifted images.
+    """The stream of shifted images, over again where it is met more than once.
 
     Raises:
         DataError: a file or a corruption is missing or of no use.
     """
+    return [*_one_pass(data, seed)] * data.passes
+
+
+def _one_pass(data: DataSection, seed: int) -> Stream:
     if data.name == "digits":
         return digits_stream(data.corruptions, data.severities, data.limit, seed, part=data.part)
     if data.name == "cifar_c":

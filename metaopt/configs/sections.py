@@ -69,12 +69,14 @@ class DataSection:
     root: str | None = None  # folder of a CIFAR-C set
     images: str | None = None  # (N, H, W, 3) uint8 .npy
     labels: str | None = None  # (N,) .npy; None: nothing is scored
+    passes: int = 1  # times that the whole stream is met
     part: str = "stream"  # of the digits: the held-out ones, or "source", the labelled training images
 
     def __post_init__(self) -> None:
         """Check the range of each value."""
         check_one_of("data.part", self.part, PARTS)
         check_at_least("data.limit", self.limit, 1)
+        check_at_least("data.passes", self.passes, 1)
         if not self.severities:
             raise ConfigError("data.severities=[] is empty; allowed are values in (0, 5]: set data.severities=[5]")
         for severity in self.severities:

@@ -30,6 +30,7 @@ class DomainReport:
     error: float | None
     ece: float | None
     cumulative_error: list[float] = field(default_factory=list)  # after each batch
+    number: int = 1  # of the pass through the stream
 
 
 @dataclass
@@ -64,12 +65,19 @@ class RunReport:
         """Mean over the domains."""
         return _mean([domain.ece for domain in self.domains])
 
+    @property
+    def pass_errors(self) -> list[float | None]:
+        """Mean over the domains of each pass through the stream."""
+        last = max((domain.number for domain in self.domains), default=0)
+        return [_mean([d.error for d in self.domains if d.number == number]) for number in range(1, last + 1)]
+
     def summary(self) -> dict[str, Any]:
         """The fields of ``summary.json`` that a run knows."""
         return {
             "images": self.images,
             "mean_error": self.mean_error,
             "mean_ece": self.mean_ece,
+            "pass_errors": self.pass_errors,
             "held_mib": self.held_mib,
             "state_mib": self.state_mib,
             "cuda_peak_mib": self.cuda_peak_mib,
@@ -106,7 +114,7 @@ def run_stream(
 
     Args:
         adapter: the model with its method.
-        stream: domains, in the order in which they are met.
+        stream: domains, in the order in which they are met; where the first comes again, another pass begins.
         setting: ``reset`` starts each domain from the source; ``continual`` never resets.
         batch_size: images a batch; the short last one is used too.
         seed: of the order of images.
@@ -126,7 +134,9 @@ def run_stream(
         raise DataError(f"batch_size is {batch_size}: at least 1 image a batch is needed; raise it")
     run = _Run(adapter, monitor or Monitor(None), torch.device(device), _batch_count(stream, batch_size))
     adapter.reset()
+    number = 0
     for domain in stream:
+        number += domain is stream[0]
         if setting == "reset":
             run.collect_counts()
             adapter.reset()
@@ -141,7 +151,13 @@ def run_stream(
         result = score.result()
         run.domains.append(
             DomainReport(
-                domain.name, domain.severity, result.images, result.error, result.ece, list(score.cumulative_error)
+                domain.name,
+                domain.severity,
+                result.images,
+                result.error,
+                result.ece,
+                list(score.cumulative_error),
+                number,
             )
         )
     run.collect_counts()

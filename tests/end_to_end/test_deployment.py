@@ -18,7 +18,19 @@ online = command("adapt/online.py")
 benchmark = command("adapt/benchmark.py")
 
 SUMMARY = [
-    *("method", "setting", "model", "seed", "batch_size", "images", "mean_error", "mean_ece", "held_mib", "state_mib"),
+    *(
+        "method",
+        "setting",
+        "model",
+        "seed",
+        "batch_size",
+        "images",
+        "mean_error",
+        "mean_ece",
+        "pass_errors",
+        "held_mib",
+    ),
+    "state_mib",
     *(
         "cuda_peak_mib",
         "step_ms_p50",
@@ -85,6 +97,22 @@ def test_reset_and_continual_part_at_the_second_corruption(workspace: Path) -> N
     first, second = (table(workspace / setting / "predictions.csv") for setting in ("reset", "continual"))
     assert first[:20] == second[:20]
     assert first[20:] != second[20:]
+
+
+def test_a_stream_of_several_passes_tells_the_error_of_each(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice = [*TINY_STREAM, "data.passes=2", "setting=continual", "out=out"]
+    assert online(["method=tent", "method.lr=0.01", *twice]) == 0
+    errors = summary_of(workspace / "out")["pass_errors"]
+    assert f"error of each pass: {errors[0]:.2f} %, {errors[1]:.2f} %" in capsys.readouterr().out
+    assert len(table(workspace / "out/predictions.csv")) == 2 * 2 * 20
+    bench = ["methods=[tent]", "method.tent.lr=0.01", *TINY_STREAM, "data.passes=2", "settings=[continual]"]
+    assert benchmark([*bench, "out=bench"]) == 0
+    assert f"{errors[0]:.2f}, {errors[1]:.2f}" in capsys.readouterr().out
+    rows = table(workspace / "bench/benchmark.csv")
+    assert [row["pass"] for row in rows] == ["1"] * 2 + ["2"] * 2
+    assert online(["method=bn", *TINY_STREAM, "data.passes=0"]) == 2
 
 
 def test_the_same_command_gives_the_same_predictions(workspace: Path) -> None:

@@ -92,12 +92,25 @@ def test_settings_differ_from_the_second_domain_on(method: str) -> None:
     assert not torch.equal(reset[40:], continual[40:])
 
 
+@pytest.mark.parametrize("setting", ["reset", "continual"])
+def test_another_pass_goes_on_where_the_setting_says_so(setting: str) -> None:
+    once = run_stream(new_adapter("tent"), two_domains(), setting=setting, batch_size=16)
+    assert once.pass_errors == [once.mean_error]
+    stream = two_domains()
+    report = run_stream(new_adapter("tent"), (*stream, *stream, *stream), setting=setting, batch_size=16)
+    assert [part.number for part in report.domains] == [1, 1, 2, 2, 3, 3]
+    errors = [part.error for part in report.domains]
+    assert report.pass_errors == [pytest.approx(sum(errors[i : i + 2]) / 2) for i in (0, 2, 4)]  # type: ignore[arg-type]
+    assert errors[:2] == [part.error for part in once.domains]
+    assert (errors[2:4] == errors[:2] == errors[4:]) == (setting == "reset")
+
+
 def test_the_summary_has_the_promised_fields() -> None:
     report = run_stream(new_adapter("tent"), two_domains(), batch_size=16)
     summary = report.summary()
     promised = (
         "images mean_error mean_ece held_mib step_ms_p50 step_ms_p99 forward_ms_p50 ratio_to_forward "
-        "mean_ratio_to_forward updates guard_events domains"
+        "mean_ratio_to_forward updates guard_events domains pass_errors"
     )
     assert set(promised.split()) <= set(summary)
     assert summary["images"] == sum(SIZES)
