@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.data import Batch, Stream, batches
+from metaopt.data import Batch, Domain, Stream, batches
 from metaopt.errors import ConfigError, DataError
 from metaopt.experts import ExpertUsage
 from metaopt.measure import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
@@ -148,18 +148,7 @@ def run_stream(
             run.log(score, domain.name)
             if on_batch is not None:
                 on_batch(domain.name, domain.severity, batch, logits)
-        result = score.result()
-        run.domains.append(
-            DomainReport(
-                domain.name,
-                domain.severity,
-                result.images,
-                result.error,
-                result.ece,
-                list(score.cumulative_error),
-                number,
-            )
-        )
+        run.domains.append(_domain_report(domain, score, number))
     run.collect_counts()
     return run.report()
 
@@ -255,6 +244,11 @@ class _Run:
             guard_events=dict(self.guard_events),
             layers=self.layers,
         )
+
+
+def _domain_report(domain: Domain, score: DomainScore, number: int) -> DomainReport:
+    result, curve = score.result(), list(score.cumulative_error)
+    return DomainReport(domain.name, domain.severity, result.images, result.error, result.ece, curve, number)
 
 
 def _batch_count(stream: Stream, batch_size: int) -> int:

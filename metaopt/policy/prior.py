@@ -7,6 +7,7 @@ source should count for more there; N images of it do so by themselves.
 import math
 from collections.abc import Sequence
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -42,11 +43,8 @@ class LearnedPrior(nn.Module):
     def on(self, layers: Sequence[str]) -> "LearnedPrior":
         """The same prior on another model's layers: by depth, between neighbours linear in log N."""
         found = LearnedPrior(layers).to(self.log_counts)
-        logs = self.log_counts.detach()
-        places = torch.linspace(0, len(logs) - 1, len(layers)).to(logs) if len(layers) > 1 else logs.new_zeros(1)
-        low = places.floor().long()
-        high = (low + 1).clamp(max=len(logs) - 1)
-        found.log_counts.data = torch.lerp(logs[low], logs[high], places - low)
+        depths, known = (torch.linspace(0, 1, len(names)).tolist() for names in (layers, self.layers))
+        found.log_counts.data.copy_(torch.from_numpy(numpy.interp(depths, known, self.log_counts.tolist())))
         return found
 
 
