@@ -22,11 +22,14 @@ _aten = torch.ops.aten
 
 
 def relu(store: Store, call: Call) -> str:
-    """The mask: from the codes of a normalised activation right before it, else one bit an entry."""
+    """The mask: from how the normalised activation right before it is stored, else one bit an entry.
+
+    Codes have a bin's edge where the sign changes, and what is lossless tells it too; half floats would not.
+    """
     for slot in call.slots_of(call.result):
         if slot.saved.numel() < SMALL:
             continue
-        if isinstance(call.source, Affine):
+        if call.source is not None and (isinstance(call.source, Affine) or not call.source.lossy):
             slot.fill(call.source)
         else:
             # The result is never negative; and not zero is several times as fast a test as greater than zero.
