@@ -64,7 +64,8 @@ class Profile:
             known = first if rate == Rate() else _dry_run(model, loss_of, few[0], rate)
             runs[rate] = [known, _dry_run(model, loss_of, few[1], rate)]
         whole = runs[Rate()]
-        self._groups = _groups(whole[0], runs[CHEAPEST][0], list(learning_layers(parameters)))
+        pruned = runs[PRUNED[-1]][0] if prunes else {}
+        self._groups = _groups(whole[0], runs[CHEAPEST][0], pruned, list(learning_layers(parameters)))
         self._members = [(name, *followers) for name, followers in self._groups.items()]
         self._kinds = {name: whole[0][name].kind for name in self._groups}
         # Where a tensor is coded in the larger run alone, bytes are not on one line.
@@ -246,8 +247,13 @@ def _by_module(records: Sequence[LayerRecord]) -> dict[str, _Part]:
     return parts
 
 
-def _groups(parts: dict[str, _Part], cheapest: dict[str, _Part], learning: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Modules that keep a mask at most, or what codes upstream tell, under the learning layer there; others alone."""
+def _groups(
+    parts: dict[str, _Part], cheapest: dict[str, _Part], pruned: dict[str, _Part], learning: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Modules that keep a mask at most, or what is told upstream, under the learning layer there; others alone.
+
+    What is told upstream costs little while all is kept there, and more once that is pruned.
+    """
     names = list(parts)
     groups: dict[str, list[str]] = {}
     for name, source in zip(names, match_layers(names, learning), strict=True):
@@ -256,7 +262,11 @@ def _groups(parts: dict[str, _Part], cheapest: dict[str, _Part], learning: Seque
         if (
             name != leader
             and leader in parts
-            and (held <= dense * MASK_SHARE or cheapest[name].held <= held * TOLD_SHARE)
+            and (
+                held <= dense * MASK_SHARE
+                or cheapest[name].held <= held * TOLD_SHARE
+                or (name in pruned and pruned[name].held > held)
+            )
         ):
             groups.setdefault(leader, []).append(name)
         else:

@@ -105,6 +105,35 @@ class Pooled(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
+class Excitation(nn.Module):
+    """Maps times a gate of their own means: what a pruned normalisation upstream no longer tells is kept here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class Excited(nn.Module):
+    """Blocks with squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, 2), nn.Linear(16, 10)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Excitation())
+            for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=10, **options)
 
@@ -120,6 +149,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "grouped": (Grouped, 32),
     "rooted": (Rooted, 32),
     "pooled": (Pooled, 32),
+    "excited": (Excited, 32),
     "shared": (Shared, 32),
     "checkpointed": (Checkpointed, 32),
 }
