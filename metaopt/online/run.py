@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from metaopt.data import Batch, Domain, Stream, batches
 from metaopt.errors import ConfigError, DataError
-from metaopt.experts import ExpertUsage
 from metaopt.measure import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
 from metaopt.online.adapter import OnlineAdapter
+from metaopt.online.decisions import Decisions
 from metaopt.online.layers import LayerMemory, layer_memory
 
 SETTINGS = ("reset", "continual")
@@ -142,7 +141,7 @@ def run_stream(
             adapter.reset()
         score = DomainScore(adapter.model.num_classes)
         for batch in batches(domain, batch_size, device, seed):
-            with run.watching(domain.name):
+            with run.decisions.watching(domain.name):
                 logits = run.step(batch)
             score.update(logits, batch.labels)
             run.log(score, domain.name)
@@ -150,6 +149,7 @@ def run_stream(
                 on_batch(domain.name, domain.severity, batch, logits)
         run.domains.append(_domain_report(domain, score, number))
     run.collect_counts()
+    run.decisions.show(run.steps)
     return run.report()
 
 
@@ -168,11 +168,7 @@ class _Run:
         self.metered_shape: tuple[int, ...] | None = None
         self.forward_every = max(1, batch_count // FORWARDS_TIMED)
         self.loss: Tensor | None = None
-        self.usage = None if adapter.policy.experts is None else ExpertUsage()
-
-    def watching(self, domain: str) -> AbstractContextManager[None]:
-        """Inside it, what the gates of experts decide is summed up."""
-        return nullcontext() if self.usage is None else self.usage.recording(self.adapter.model, domain)
+        self.decisions = Decisions(adapter, monitor)
 
     def step(self, batch: Batch) -> Tensor:
         """Predict and adapt; the first batch of a new largest size is metered, not timed; short ones are neither."""
@@ -210,13 +206,7 @@ class _Run:
         self.monitor.scalar("online/activation_mib", self.held_mib, self.steps)
         if self.watch.step_ms:
             self.monitor.scalar("online/step_ms", self.watch.step_ms[-1], self.steps)
-        if self.adapter.memory.config.chooses:
-            for record in self.adapter.memory.layers:
-                self.monitor.scalar(f"policy/keep_ratio/{record.name}", record.rate.keep, self.steps)
-                self.monitor.scalar(f"policy/bits/{record.name}", record.rate.bits, self.steps)
-        if self.usage is not None:
-            for name, weight in self.usage.by_expert(self.adapter.model, domain).items():
-                self.monitor.scalar(f"policy/expert_usage/{name}", weight, self.steps)
+        self.decisions.log(domain, self.steps)
         if self.loss is not None:
             self.monitor.scalar("online/loss", self.loss, self.steps)
         for name, count in self.adapter.guard.events.items():

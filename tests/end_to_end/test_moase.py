@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metaopt.errors import DataError
 from metaopt.measure import read_scalars
@@ -67,6 +68,8 @@ def test_experts_are_meta_trained_and_deployed_by_their_checkpoint_alone(workspa
     for expert in ("low_0", "high_1"):
         weights = [value for _, value in read_scalars(workspace / "deployed", f"policy/expert_usage/{expert}")]
         assert len(weights) == 6 and all(0 <= weight <= 1 for weight in weights)
+    shown = EventAccumulator(str(workspace / "deployed")).Reload().Tags()["images"]
+    assert shown == ["policy/expert_usage_by_domain"]
     assert read_scalars(workspace / "trained", "meta/grad_norm/experts")
     with pytest.raises(DataError, match="no curve"):
         read_scalars(workspace / "trained", "meta/grad_norm/gates")

@@ -1,0 +1,94 @@
+"""What a method's parts decide along a stream, by domain: bits of each layer's activations, and use of the experts."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy
+from matplotlib.figure import Figure
+
+from metaopt.experts import ExpertUsage
+from metaopt.experts.adapter import get_experts
+from metaopt.measure import Monitor
+from metaopt.online.adapter import OnlineAdapter
+from metaopt.sparsity import Rate
+from metaopt.sparsity.importance import learning_layers
+
+
+class _Sum(NamedTuple):
+    total: float = 0.0
+    count: int = 0
+
+    def plus(self, value: float) -> "_Sum":
+        return _Sum(self.total + value, self.count + 1)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+
+class Decisions:
+    """Watches an adapter along a stream; curves after each step, pictures at the end."""
+
+    def __init__(self, adapter: OnlineAdapter, monitor: Monitor) -> None:
+        self.adapter, self.monitor = adapter, monitor
+        self.usage = None if adapter.policy.experts is None else ExpertUsage()
+        self._bits: dict[str, dict[str, _Sum]] = {}  # domain -> layer -> bits stored of an entry
+        self._seen = adapter.memory.layers  # at the latest log: each update makes new ones
+
+    def watching(self, domain: str) -> AbstractContextManager[None]:
+        """Inside it, what the gates of experts decide counts for this domain."""
+        return nullcontext() if self.usage is None else self.usage.recording(self.adapter.model, domain)
+
+    def log(self, domain: str, step: int) -> None:
+        """Curves of the latest step; rates count where that step updated."""
+        adapter, monitor = self.adapter, self.monitor
+        if adapter.memory.config.chooses:
+            updated, self._seen = adapter.memory.layers is not self._seen, adapter.memory.layers
+            for record in adapter.memory.layers:
+                monitor.scalar(f"policy/keep_ratio/{record.name}", record.rate.keep, step)
+                monitor.scalar(f"policy/bits/{record.name}", record.rate.bits, step)
+            if updated:
+                self._count(domain)
+        if self.usage is not None:
+            for name, weight in self.usage.by_expert(adapter.model, domain).items():
+                monitor.scalar(f"policy/expert_usage/{name}", weight, step)
+
+    def _count(self, domain: str) -> None:
+        learning = learning_layers(self.adapter.parameters)
+        sums = self._bits.setdefault(domain, {})
+        for record in self.adapter.memory.layers:
+            if record.name in learning and record.numel:
+                sums[record.name] = sums.get(record.name, _Sum()).plus(stored_bits(record.rate))
+
+    @property
+    def bits(self) -> dict[str, dict[str, float]]:
+        """Mean bits that are stored of an entry, by domain and adapted layer; empty where no rule chooses rates."""
+        return {domain: {name: total.mean for name, total in sums.items()} for domain, sums in self._bits.items()}
+
+    def show(self, step: int) -> None:
+        """Pictures of what was decided: ``policy/bits_by_domain`` and ``policy/expert_usage_by_domain``."""
+        if self._bits:
+            self.monitor.figure("policy/bits_by_domain", bits_figure(self.bits), step)
+        if self.usage is not None and self.usage.domains:
+            figure = self.usage.figure(get_experts(self.adapter.model))
+            self.monitor.figure("policy/expert_usage_by_domain", figure, step)
+
+
+def stored_bits(rate: Rate) -> float:
+    """Bits stored of an entry on average, the mask of a pruned layer included."""
+    return float(rate.bits) if rate.keep == 1.0 else rate.bits * rate.keep + 1.0
+
+
+def bits_figure(bits: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Domains against layers in forward order, the bits that are stored of an entry as colour."""
+    layers: Sequence[str] = list(dict.fromkeys(name for row in bits.values() for name in row))
+    values = numpy.array([[row.get(name, numpy.nan) for name in layers] for row in bits.values()])
+    figure = Figure(figsize=(2.5 + 0.22 * len(layers), 1.8 + 0.25 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(values)), list(bits), fontsize=8)
+    axes.set_title("Bits stored of an entry, by layer")
+    figure.colorbar(image)
+    return figure
