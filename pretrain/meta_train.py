@@ -17,7 +17,7 @@ from metaopt.measure import Monitor, closing_table, progress
 from metaopt.meta import MetaTrainer
 from metaopt.meta.report import MetaReport, report_on_unseen_tasks
 from metaopt.meta.resume import load_run, save_run
-from metaopt.policy import save_policy
+from metaopt.policy import AdaptationPolicy, save_policy
 
 CHECKPOINT = Path("ckpt.pt")  # in the current folder
 
@@ -50,7 +50,7 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
             summary["report"] = report.to_dict()
             show(report)
     atomic_write_text(json.dumps(summary, indent=2) + "\n", out / "summary.json")
-    say_what_next(trainer, out, overrides)
+    say_what_next(trainer, policy, out, overrides)
 
 
 def train(trainer: MetaTrainer, last: Path, stop_after: int | None, overrides: Sequence[str]) -> None:
@@ -81,10 +81,10 @@ def show(report: MetaReport) -> None:
     closing_table(title, ["", "meta-loss", "to before"], report.rows())
 
 
-def say_what_next(trainer: MetaTrainer, out: Path, overrides: Sequence[str]) -> None:
+def say_what_next(trainer: MetaTrainer, policy: AdaptationPolicy, out: Path, overrides: Sequence[str]) -> None:
     """Where the results are, and the command that comes after this one."""
-    counters = trainer.counters
-    print(f"{CHECKPOINT} holds epoch {counters.best_epoch} of {counters.epoch}; curves and summary.json in {out}")
+    counters, best = trainer.counters, policy.training["best_epoch"]
+    print(f"{CHECKPOINT} holds epoch {best} of {counters.epoch}; curves and summary.json in {out}")
     if counters.epoch < trainer.config.epochs:
         print(f"{trainer.config.epochs - counters.epoch} epochs are left: {resume_command(out / 'last.pt', overrides)}")
     kept = [item for item in overrides if item.startswith(("model", "data", "source.", "device="))]

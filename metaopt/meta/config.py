@@ -50,7 +50,7 @@ class MetaTrainConfig:
     shrinkage: float = 0.02  # weight of the mean square of the log step sizes
     selection_shifts: tuple[str, ...] = ("gamma", "posterise")
     selection_tasks: int = 4
-    select_best: bool = True  # keep the epoch that is best on the selection tasks; else the last one
+    select_best: bool = True  # keep what does best on the selection tasks; else the last epoch
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,6 +109,13 @@ class MetaTrainConfig:
         first = min(self.first_steps, self.steps)
         ramp = max(1, round(self.curriculum * self.epochs))
         return first + round((self.steps - first) * min(1.0, epoch / ramp))
+
+    def scores(self, epoch: int) -> bool:
+        """Whether model selection looks at the weights after ``epoch`` epochs: those of the start and of full length.
+
+        What was trained on shorter unrolls has not met what it is for, and an update gate has not met its price.
+        """
+        return epoch in (0, self.epochs) or self.steps_at(epoch - 1) == self.steps_at(self.epochs - 1)
 
     def rate_at(self, epoch: int, unroll: int) -> float:
         """Rate of the meta-optimizer at an unroll of an epoch (from 0): with "cosine", down to a tenth at the end."""

@@ -16,10 +16,10 @@ class Counters:
     updates: int = 0  # meta-updates, skipped ones included
     skipped: int = 0  # meta-updates left out for a non-finite loss or gradient
     update_price: float = 0.0  # what an update costs in the meta-loss, raised until the gate opens as rarely as asked
-    # Change at every epoch.
+    # Change at every epoch that is scored.
     best_epoch: int = 0
     best_loss: float = math.inf
-    selection: list[float] = field(default_factory=list)  # loss on the selection tasks: at the start, after each epoch
+    selection: list[float] = field(default_factory=list)  # losses on the selection tasks: at the start, and of these
 
 
 def next_price(price: float, rate: float, allowed: float) -> float:

@@ -118,20 +118,22 @@ class MetaTrainer:
                 if on_unroll is not None:
                     on_unroll(loss)
             counters.epoch, counters.unroll = counters.epoch + 1, 0
-            self._select()
+            if config.scores(counters.epoch):
+                self._select()
             if on_epoch is not None:
                 on_epoch()
         return self.best_policy()
 
     def best_policy(self) -> AdaptationPolicy:
-        """A policy with the weights that model selection kept: a copy, so that training can go on from its own."""
-        policy = copy.deepcopy(self.policy)
-        policy.load_state_dict(self.best)
+        """A copy of the policy, with the weights that model selection kept; the latest, before any epoch was scored."""
+        policy, chosen = copy.deepcopy(self.policy), len(self.counters.selection) > 1
+        if chosen:
+            policy.load_state_dict(self.best)
         policy.training = {
             "config": self.config.to_dict(),
             "shifts": [shift.name for shift in self.sampler.shifts],
             "epochs": self.counters.epoch,
-            "best_epoch": self.counters.best_epoch,
+            "best_epoch": self.counters.best_epoch if chosen else self.counters.epoch,
             "selection": list(self.counters.selection),
             "skipped": self.counters.skipped,
         }

@@ -142,6 +142,29 @@ def test_without_selection_the_last_epoch_stays(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(torch.cat([tensor.detach().flatten() for tensor in policy.parameters()]), flat(trainer))
 
 
+def test_selection_waits_for_unrolls_of_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted_selection(monkeypatch, [1.0, 1.2, 0.8, 0.9])
+    trainer = trainer_with(epochs=6, unrolls=1, steps=4, first_steps=2, curriculum=0.5)
+    assert [epoch for epoch in range(7) if trainer.config.scores(epoch)] == [0, 4, 5, 6]
+    weights = [flat(trainer)]
+
+    def kept() -> tuple[int, Tensor]:
+        policy = trainer.best_policy()
+        found = torch.cat([tensor.detach().flatten() for tensor in policy.parameters()])
+        return policy.training["best_epoch"], found
+
+    latest: list[tuple[int, Tensor]] = []
+
+    def note() -> None:
+        weights.append(flat(trainer))
+        latest.append(kept())
+
+    trainer.run(on_epoch=note)
+    # Nothing is scored yet: the latest. Then the best of what is, the start among it.
+    assert [epoch for epoch, _ in latest] == [1, 2, 3, 0, 5, 5]
+    assert all(torch.equal(found, weights[epoch]) for epoch, found in latest)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_a_running_unroll_is_one_unroll_in_windows(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a meta-rate of nearly zero the windows' losses are those of deployment along the whole task."""
@@ -225,7 +248,7 @@ def test_curves_are_written_and_read_back(tmp_path: Path) -> None:
     norms = [value for _, value in read_scalars(tmp_path, "meta/grad_norm")]
     assert len(norms) == 6 and all(value > 0 for value in norms)
     selection = read_scalars(tmp_path, "meta/selection_loss")
-    assert [step for step, _ in selection] == [0, 2, 4, 6]
+    assert [step for step, _ in selection] == [0, 6]  # epochs of shorter unrolls are not scored
     assert [value for _, value in selection] == pytest.approx(trainer.counters.selection, rel=1e-5)
     assert [value for _, value in read_scalars(tmp_path, "meta/steps")] == [2, 2, 3, 3, 4, 4]
     assert [value for _, value in read_scalars(tmp_path, "meta/skipped")] == [0] * 6
