@@ -45,10 +45,14 @@ def layer_memory(records: Sequence[LayerRecord], dense: Mapping[str, float]) -> 
 
 
 def memory_rows(rows: Sequence[LayerMemory]) -> list[tuple[str, str, float, float, float, str]]:
-    """Rows of the closing table, with their sum; the keep ratio of all is their mean, weighted by dense bytes."""
+    """Rows of the closing table that show as more than 0.00, with the sum of all.
+
+    The keep ratio of all is their mean, weighted by dense bytes.
+    """
     dense, held = sum(row.dense_mib for row in rows), sum(row.held_mib for row in rows)
     keep = sum(row.keep * row.dense_mib for row in rows) / max(dense, 1e-12)
-    return [*(row.cells for row in rows), ("all", "", dense, held, keep, "")]
+    shown = [row.cells for row in rows if max(row.dense_mib, row.held_mib) >= 0.005]
+    return [*shown, ("all", "", dense, held, keep, "")]
 
 
 def codec_name(rate: Rate) -> str:
