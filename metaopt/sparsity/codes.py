@@ -63,6 +63,10 @@ class Bits:
         """An eighth of a byte an entry."""
         return self._payload.buffer.numel()
 
+    def pieces(self) -> Iterator[Tensor]:
+        """The mask as zeros and ones in uint8, a piece at a time, flat, in the order of memory."""
+        return self._payload.read()
+
     def unpack(self) -> Tensor:
         """One value or the other, in the tensor's own type."""
         low, high = self._values
@@ -70,7 +74,7 @@ class Bits:
         result, physical = layout.empty()
         flat = physical.view(-1)
         done = 0
-        for bits in self._payload.read():
+        for bits in self.pieces():
             part = flat[done : done + bits.numel()]
             part.copy_(bits)
             if (low, high) != (0.0, 1.0):

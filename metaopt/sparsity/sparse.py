@@ -1,5 +1,6 @@
 """Sparsity: the entries farthest from their centre, a bit-packed mask of where they are, and nothing of the rest."""
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -27,11 +28,29 @@ def largest(magnitudes: Tensor, keep: float) -> Tensor:
     stride = max(1, flat.numel() // SAMPLE) | 1
     bounds = torch.tensor([1.0 - keep - MARGIN, 1.0 - keep + MARGIN], device=flat.device).clamp_(0.0, 1.0)
     low, high = torch.quantile(flat[::stride].float(), bounds).to(flat.dtype)
-    band, above = flat[(flat > low) & (flat <= high)], int((flat > high).sum())
-    rank = band.numel() - (most - above)  # of the largest entry that is left out
+    above = selected(flat, flat > low)
+    band = selected(above, above <= high)
+    rank = above.numel() - most  # of the largest entry that is left out
     if not 1 <= rank <= band.numel():
         band, rank = flat, flat.numel() - most
     return magnitudes > band.kthvalue(rank).values
+
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def selected(values: Tensor, mask: Tensor) -> Tensor:
+    """``values[mask]``. On a CPU by NumPy, which takes a quarter of the time that torch's indexing does.
+
+    Args:
+        values: of any shape, whose own order is that of memory.
+        mask: bool, of the same shape.
+    """
+    if values.device.type != "cpu":
+        return values[mask]
+    # As integers, for NumPy has no bfloat16.
+    bare = values.detach().reshape(-1).view(INTEGERS[values.element_size()])
+    return torch.from_numpy(numpy.compress(mask.reshape(-1).numpy(), bare.numpy())).view(values.dtype)
 
 
 class Sparse:
@@ -55,7 +74,7 @@ class Sparse:
         magnitudes = physical.abs()
         mask = largest(magnitudes, rate.keep)
         self._mask = Bits(mask, lambda piece: piece, (0.0, 1.0), ledger)
-        values = physical[mask]
+        values = selected(physical, mask)
         if rate.bits == 32:
             self._values = Kept(values, ledger)
         elif rate.bits == 16 or values.numel() == 0:
@@ -74,6 +93,17 @@ class Sparse:
         """What was kept, and zeros."""
         result, physical = self._layout.empty()
         physical.zero_()
-        if self._mask is not None and self._values is not None:
-            physical.masked_scatter_(self._mask.unpack(), self._values.unpack())
+        if self._mask is None or self._values is None:
+            return result
+        values = self._values.unpack()
+        if values.device.type != "cpu":
+            physical.masked_scatter_(self._mask.unpack(), values)
+            return result
+        # By position, in half the time, a piece at a time: positions take 8 bytes each.
+        flat, start, taken = physical.view(-1), 0, 0
+        for bits in self._mask.pieces():
+            positions = torch.from_numpy(numpy.flatnonzero(bits.view(torch.bool).numpy()))
+            part = values[taken : taken + len(positions)]
+            flat[start : start + len(bits)].scatter_(0, positions, part)
+            start, taken = start + len(bits), taken + len(positions)
         return result
