@@ -9,6 +9,7 @@ size 1, which is the published rule's.
 import copy
 from collections.abc import Callable, Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -88,8 +89,5 @@ def _log_step_size(tensor: AdaptedTensor, known: Sequence[AdaptedTensor], sizes:
     same = sorted((other.depth, place) for place, other in enumerate(known) if other.kind == tensor.kind)
     if not same:
         return None
-    below = [(depth, place) for depth, place in same if depth <= tensor.depth]
-    above = [(depth, place) for depth, place in same if depth >= tensor.depth]
-    (low, first), (high, last) = (below or above[:1])[-1], (above or below[-1:])[0]
-    share = 0.0 if high == low else (tensor.depth - low) / (high - low)
-    return torch.lerp(sizes[first], sizes[last], share)
+    depths, places = zip(*same, strict=True)
+    return sizes.new_tensor(numpy.interp(tensor.depth, depths, sizes[list(places)].tolist()))
