@@ -5,6 +5,8 @@ packing and unpacking are a few element-wise operations on contiguous pieces, on
 one of 1, and so on; 8 bits are the codes themselves.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -52,10 +54,15 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
             continue
         plane = packed[start : start + groups * width]
         part = codes if shift == 0 else torch.empty_like(codes)
-        shifts = torch.arange(0, GROUP, width, dtype=torch.uint8, device=packed.device)
-        torch.bitwise_right_shift(plane, shifts[:, None], out=part.view(GROUP // width, -1))
+        torch.bitwise_right_shift(plane, _shifts(width, packed.device), out=part.view(GROUP // width, -1))
         part.bitwise_and_(2**width - 1)
         if shift:
             codes.add_(part, alpha=1 << shift)
         start, shift = start + groups * width, shift + width
     return codes
+
+
+@cache
+def _shifts(width: int, device: torch.device) -> Tensor:
+    """By how much each of a byte's codes is shifted, (8 / width, 1)."""
+    return torch.arange(0, GROUP, width, dtype=torch.uint8, device=device)[:, None]

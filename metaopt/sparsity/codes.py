@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from metaopt.sparsity.affine import Operands, affine
 from metaopt.sparsity.bits import pack_codes, unpack_codes
 from metaopt.sparsity.layout import Layout
 from metaopt.sparsity.ledger import Hold, Ledger
@@ -151,30 +152,6 @@ class Integers:
         return result.add_(self._low)
 
 
-def _cut(operand: Tensor, rows: slice) -> Tensor:
-    """The rows of an operand that goes with some rows of a physical view."""
-    return operand if operand.shape[0] == 1 else operand[rows]
-
-
-def _widened(rows: Tensor, a: Tensor, b: Tensor, width: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
-    """The same three, repeated along a narrow last dimension: element-wise kernels are slow on short inner loops."""
-    channels = a.shape[-1]
-    times = width // channels
-    if times < 2 or a.numel() != channels or rows.numel() % (times * channels) or not rows.is_contiguous():
-        return rows, a, b
-    return rows.view(-1, times * channels), a.reshape(-1).repeat(times), b.reshape(-1).repeat(times)
-
-
-def _affine(rows: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``a * rows + b``: one kernel for two vectors along the last dimension, two for what repeats along it.
-
-    In the latter case torch's one kernel takes three times as long.
-    """
-    if a.shape[-1] == 1:
-        return torch.mul(rows, a, out=out).add_(b)
-    return torch.addcmul(b, rows, a, out=out)
-
-
 class Codes:
     """Uniform codes: entry = scale * code + offset, both broadcast along the channels.
 
@@ -199,7 +176,7 @@ class Codes:
     ) -> None:
         layout = Layout.of(tensor)
         self._payload = _Payload(layout, bits, ledger)
-        factor, shift = layout.physical(scale.reciprocal()), layout.physical(-low / scale)
+        operands = Operands(layout.physical(scale.reciprocal()), layout.physical(-low / scale))
         top, position = 2**bits - 0.5, 0
         # Allocated once: fresh memory for each piece would cost more than the arithmetic.
         size = max(piece.elements for piece in layout.pieces())
@@ -211,9 +188,9 @@ class Codes:
             nonlocal position
             part = slice(position, position + rows.shape[0])
             position += rows.shape[0]
-            rows, a, b = _widened(rows, _cut(factor, part), _cut(shift, part))
+            rows, a, b = operands.of(rows, part)
             scaled = floats[: rows.numel()].view(rows.shape)
-            _affine(rows, a, b, scaled).clamp_(0, top)
+            affine(rows, a, b, scaled).clamp_(0, top)
             # By way of int16: torch converts floats to bytes one at a time.
             whole = integers[: rows.numel()].copy_(scaled.view(-1))
             return codes[: rows.numel()].copy_(whole)
@@ -235,12 +212,12 @@ class Codes:
         """``scale * code + offset`` with other numbers, which gives any affine function of the stored tensor."""
         layout = self._payload.layout
         result, physical = layout.empty(torch.promote_types(layout.dtype, scale.dtype))
-        scale, offset = layout.physical(scale), layout.physical(offset)
+        operands = Operands(layout.physical(scale), layout.physical(offset))
         for piece, codes in zip(layout.pieces(), self._payload.read(), strict=True):
             part = slice(piece.start, piece.stop)
-            rows, a, b = _widened(physical[part], _cut(scale, part), _cut(offset, part))
+            rows, a, b = operands.of(physical[part], part)
             rows.copy_(codes.view(rows.shape))
-            _affine(rows, a, b, rows)
+            affine(rows, a, b, rows)
         return result.to(layout.dtype)
 
 
