@@ -1,8 +1,8 @@
 """What a method's parts decide along a stream, by domain: bits of each layer's activations, and use of the experts."""
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import numpy
 from matplotlib.figure import Figure
@@ -15,25 +15,14 @@ from metaopt.sparsity import Rate
 from metaopt.sparsity.importance import learning_layers
 
 
-class _Sum(NamedTuple):
-    total: float = 0.0
-    count: int = 0
-
-    def plus(self, value: float) -> "_Sum":
-        return _Sum(self.total + value, self.count + 1)
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count
-
-
 class Decisions:
     """Watches an adapter along a stream; curves after each step, pictures at the end."""
 
     def __init__(self, adapter: OnlineAdapter, monitor: Monitor) -> None:
         self.adapter, self.monitor = adapter, monitor
         self.usage = None if adapter.policy.experts is None else ExpertUsage()
-        self._bits: dict[str, dict[str, _Sum]] = {}  # domain -> layer -> bits stored of an entry
+        self._totals: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)  # domain -> layer -> how many were summed
         self._seen = adapter.memory.layers  # at the latest log: each update makes new ones
 
     def watching(self, domain: str) -> AbstractContextManager[None]:
@@ -56,19 +45,22 @@ class Decisions:
 
     def _count(self, domain: str) -> None:
         learning = learning_layers(self.adapter.parameters)
-        sums = self._bits.setdefault(domain, {})
         for record in self.adapter.memory.layers:
             if record.name in learning and record.numel:
-                sums[record.name] = sums.get(record.name, _Sum()).plus(stored_bits(record.rate))
+                self._totals[domain][record.name] += stored_bits(record.rate)
+                self._counts[domain][record.name] += 1
 
     @property
     def bits(self) -> dict[str, dict[str, float]]:
         """Mean bits that are stored of an entry, by domain and adapted layer; empty where no rule chooses rates."""
-        return {domain: {name: total.mean for name, total in sums.items()} for domain, sums in self._bits.items()}
+        return {
+            domain: {name: total / self._counts[domain][name] for name, total in totals.items()}
+            for domain, totals in self._totals.items()
+        }
 
     def show(self, step: int) -> None:
         """Pictures of what was decided: ``policy/bits_by_domain`` and ``policy/expert_usage_by_domain``."""
-        if self._bits:
+        if self._totals:
             self.monitor.figure("policy/bits_by_domain", bits_figure(self.bits), step)
         if self.usage is not None and self.usage.domains:
             figure = self.usage.figure(get_experts(self.adapter.model))

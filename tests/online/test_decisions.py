@@ -60,7 +60,7 @@ def test_steps_without_an_update_do_not_count(monkeypatch: pytest.MonkeyPatch) -
     adapter = new_adapter()
     adapter.policy.gate = PeriodicGate(2)
     decisions = run(adapter, monkeypatch, setting="continual")
-    assert {name: {s.count for s in row.values()} for name, row in decisions._bits.items()} == {"fog": {1}, "snow": {1}}
+    assert {name: set(row.values()) for name, row in decisions._counts.items()} == {"fog": {1}, "snow": {1}}
 
 
 def test_nothing_is_shown_where_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

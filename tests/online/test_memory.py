@@ -11,7 +11,8 @@ from metaopt.errors import BudgetError, ConfigError
 from metaopt.measure import MemoryMeter
 from metaopt.models import SourceModel
 from metaopt.models.cifar_resnet import CifarResNet
-from metaopt.online import OnlineAdapter
+from metaopt.online import LayerMemory, OnlineAdapter
+from metaopt.online.layers import memory_rows
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.sparsity import PRUNING_RULES
 
@@ -143,3 +144,13 @@ def test_a_run_remembers_the_gradients_of_its_layers() -> None:
     adapter(BATCHES[1])
     assert int(adapter.state.pruning.steps) == 2
     assert bool((first > 0).all()) and not torch.equal(first, adapter.state.pruning.importance)
+
+
+def test_the_closing_table_leaves_out_what_shows_as_nothing_and_sums_all() -> None:
+    rows = [
+        LayerMemory("conv", "convolution", 3.0, 0.0, 1.0, "as is"),
+        LayerMemory("n", "product", 0.004, 0.004, 0.5, ""),
+    ]
+    conv, total = memory_rows(rows)
+    assert conv == rows[0].cells
+    assert total == ("all", "", pytest.approx(3.004), pytest.approx(0.004), pytest.approx(3.002 / 3.004), "")
