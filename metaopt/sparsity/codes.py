@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt.sparsity.affine import Operands, affine
-from metaopt.sparsity.bits import pack_codes, unpack_codes
+from metaopt.sparsity.bits import GROUP, pack_codes, unpack_codes
 from metaopt.sparsity.layout import Layout
 from metaopt.sparsity.ledger import Hold, Ledger
 
@@ -34,19 +34,27 @@ class _Payload:
 
     def write(self, codes_of: Callable[[Tensor], Tensor], tensor: Tensor) -> None:
         """Store ``codes_of(piece)``, uint8 of any shape, of each piece of ``tensor``'s physical view."""
-        physical = self.layout.physical(tensor)
+        physical, scratch = self.layout.physical(tensor), self._memory()
         for piece in self.layout.pieces():
             codes = codes_of(physical[piece.start : piece.stop]).reshape(-1)
             if piece.elements % 8:
                 codes = torch.nn.functional.pad(codes, (0, piece.groups * 8 - piece.elements))
             start = piece.first_group * self.bits
-            pack_codes(codes, self.bits, self.buffer[start : start + piece.groups * self.bits])
+            packed = self.buffer[start : start + piece.groups * self.bits]
+            pack_codes(codes, self.bits, packed, scratch[: len(codes)])
 
     def read(self) -> Iterator[Tensor]:
-        """The codes of each piece, flat, in physical order."""
+        """The codes of each piece, flat, in physical order; the next piece overwrites them."""
+        codes, scratch = self._memory(), self._memory()
         for piece in self.layout.pieces():
-            start = piece.first_group * self.bits
-            yield unpack_codes(self.buffer[start : start + piece.groups * self.bits], self.bits)[: piece.elements]
+            start, size = piece.first_group * self.bits, piece.groups * GROUP
+            packed = self.buffer[start : start + piece.groups * self.bits]
+            yield unpack_codes(packed, self.bits, codes[:size], scratch[:size])[: piece.elements]
+
+    def _memory(self) -> Tensor:
+        """For the codes of the largest piece. Fresh memory for each would cost more than the arithmetic."""
+        most = max((piece.groups for piece in self.layout.pieces()), default=0) * GROUP
+        return torch.empty(most, dtype=torch.uint8, device=self.layout.device)
 
 
 class Bits:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from metaopt.sparsity.bits import GROUP
 
-CHUNK = 2**18
-"""Elements that a codec handles at once, so that its temporaries stay in a core's cache."""
+CHUNK = 2**20
+"""Elements that a codec handles at once: few enough for caches, and enough for several threads to share."""
 
 
 @dataclass(frozen=True)
