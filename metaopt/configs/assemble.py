@@ -149,7 +149,7 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
             translate=meta.translate,
             clean_view=meta.clean_view,
         ),
-        unroll=UnrollConfig(meta.gradient, meta.truncation, meta.term_steps),
+        unroll=UnrollConfig(meta.gradient, meta.truncation, meta.term_steps, meta.noise_price),
         restoration=RestorationConfig() if meta.restoration else None,
         carry=meta.carry if meta.restoration else 0.0,
         prior=meta.prior,

@@ -192,6 +192,7 @@ class MetaSection:
     prior: float | None = DEFAULT_COUNT
     update_rate: float | None = None
     rates: bool = False
+    noise_price: float = 5.0
 
     def __post_init__(self) -> None:
         """Check what no other part checks."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metaopt.inner_loop.func import gradients_of
-from metaopt.inner_loop.rates import RateProbe, soft_choices
+from metaopt.inner_loop.rates import RateProbe, Spoiled, soft_choices
 from metaopt.inner_loop.unroll import MetaBatch, Unroll
 from metaopt.parameters import detached, flatten
 from metaopt.policy.gate import GateState, stepped, straight_through
@@ -49,6 +49,7 @@ class FirstOrderUnroll(Unroll):
 
     term_steps: frozenset[int] = frozenset()  # at which each term of the objective gets its own backward pass
     rate_step = -1  # at which learned rates are asked
+    spoiled: Spoiled | None = None  # what they did there
 
     def run(self, parameters: Parameters, state: PolicyState | None) -> tuple[Parameters, PolicyState]:
         """Adapt as deployment does, then differentiate the linearised steps."""
@@ -77,6 +78,9 @@ class FirstOrderUnroll(Unroll):
             if position < stop:
                 products = [weight * torch.dot(flatten(each), flat) for weight, each in notes.inner[position]]
                 moved, rule_state = self.apply(torch.stack(products).sum(), parameters, state.rule)
+                if position == self.rate_step and self.spoiled is not None and self.config.noise_price:
+                    noise = self.spoiled.in_update({name: parameters[name] - moved[name] for name in moved})
+                    scores.append(self.config.noise_price * noise)
                 moved, teacher = settle(self.policy, self.model, moved, state.teacher)
                 after = replace(state, rule=rule_state, teacher=teacher)
                 z = opening(self.policy, state, notes.sensed[position])
@@ -142,7 +146,9 @@ class FirstOrderUnroll(Unroll):
         with torch.enable_grad(), nullcontext() if probe is None else probe.watching():
             output = self.policy.evaluate(self.model, leaves, batch.images, position, state.teacher)
             notes.logits = [output.logits.detach()]
-            spoiled = None if probe is None else self._spoiled(probe, output, leaves, state)
+            errors = None
+            if probe is not None and self.rates is not None and output.loss is not None:
+                errors = probe.errors(output.loss, self.rates.table, leaves)
             score = self.meta_loss(output, batch) if position > 0 else None
             shared = self.meta_loss.own_objective and position not in self.term_steps  # the meta-loss is the loss
             inner = None
@@ -153,7 +159,9 @@ class FirstOrderUnroll(Unroll):
                 self.losses.append(score.detach())
                 if inner is None and position < self.steps:
                     inner = [(score.new_ones(()), notes.meta[-1])]
-        return inner if inner is None or spoiled is None else [*inner, spoiled]
+            if inner is not None and errors is not None:
+                inner = [*inner, self._spoil(inner, errors, leaves, state)]
+        return inner
 
     def _scored(self, score: Tensor, leaves: Parameters) -> Parameters:
         """Gradient of the meta-loss in the adapted tensors; that in `direct` is taken down at once."""
@@ -162,13 +170,15 @@ class FirstOrderUnroll(Unroll):
             self.gradients[name] = self.gradients[name] + gradients[name] / self.steps
         return {name: gradients[name] for name in leaves}
 
-    def _spoiled(
-        self, probe: RateProbe, output: StepOutput, leaves: Parameters, state: PolicyState
+    def _spoil(
+        self, inner: list[tuple[Tensor, Parameters]], errors: dict[str, Tensor], leaves: Parameters, state: PolicyState
     ) -> tuple[Tensor, Parameters]:
         """What learned rates change of this step's gradient; it stands for all steps."""
-        assert isinstance(self.policy.pruning, LearnedRates) and self.rates is not None and output.loss is not None
+        assert isinstance(self.policy.pruning, LearnedRates) and self.rates is not None
         choices = soft_choices(self.policy.pruning, self.rates, leaves, state.pruning, float(self.steps))
-        return output.loss.new_ones(()), probe.correction(output.loss, choices, self.rates.table, leaves)
+        exact = {name: sum((w.detach() * each[name] for w, each in inner), torch.zeros(())) for name in leaves}
+        self.spoiled = Spoiled.by(choices, self.rates.table, errors, learning_layers(leaves), exact)
+        return inner[0][0].new_ones(()), self.spoiled.correction
 
     def _inner_gradients(
         self, output: StepOutput, leaves: Parameters, position: int, keep: bool

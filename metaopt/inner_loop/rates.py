@@ -7,6 +7,14 @@ normalised activation x̂. Kept at rate k, backward sees Q_k(x̂) in its place. 
 
 and a soft choice p_lk of the head stands for the gradient Σ_k p_lk · g_l(k), which is differentiable in the head. What
 a coarser x̂_l does to the gradients of layers upstream, through δ, is left out.
+
+Rounding errs to either side, so that most of its harm is of second order, which a first-order meta-gradient does not
+see. What it sees is the *noise* that the rates bring into the update u,
+
+    ρ = Σ_l s_l · Σ_k p_lk · ‖g_l(k) − g_l‖² / ‖g_l‖²,        s_l = ‖u_l‖² / ‖u‖²,
+
+whose price ``UnrollConfig.noise_price`` is added to the meta-loss: a layer that the learned step sizes move little may
+be coarse.
 """
 
 from collections.abc import Iterator
@@ -92,30 +100,63 @@ class RateProbe:
 
         return hook
 
-    def correction(self, loss: Tensor, choices: Tensor, table: LayerTable, like: Parameters) -> Parameters:
-        """What the soft choices add to the exact gradient: Σ_k p_lk · (g_l(k) − g_l), zero where nothing is known.
+    def errors(self, loss: Tensor, table: LayerTable, like: Parameters) -> dict[str, Tensor]:
+        """g_l(k) − g_l of each learning layer for each rate of the table's menu, (R, *shape) by the layer's name.
 
         Args:
             loss: of the recorded pass; its graph stays.
-            choices: p, (L, R), for the rows and the menu of ``table``.
-            table: the layers.
+            table: the layers; where one is unknown to it, its rate is nobody's choice, and it is left out.
             like: the adapted tensors.
         """
-        found = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
-        rows = {name: row for row, name in enumerate(table.names)}
-        names = [name for name in self.layers if name in rows]
+        names = [name for name in self.layers if name in table.names]
         outputs = [layer.output for name in names for layer in self.layers[name]]
         deltas = iter(torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True))
+        found: dict[str, Tensor] = {}
         for name in names:
-            weight = self.learning[name]
+            shape = like[self.learning[name]].shape
             for layer in self.layers[name]:
                 delta = next(deltas)
-                errors = [
-                    layer.weight_gradient(delta, layer.kept(rate) - layer.normalised, like[weight].shape)
-                    for rate in table.menu
-                ]
-                found[weight] = found[weight] + torch.einsum("r,r...->...", choices[rows[name]], torch.stack(errors))
+                each = [layer.weight_gradient(delta, layer.kept(rate) - layer.normalised, shape) for rate in table.menu]
+                found[name] = found.get(name, 0.0) + torch.stack(each)
         return found
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """What soft choices of the rates, (L, R), do to one step's gradient."""
+
+    correction: Parameters  # Σ_k p_lk · (g_l(k) − g_l), to be added to the exact one; zero where nothing is known
+    noise: dict[str, Tensor]  # Σ_k p_lk · ‖g_l(k) − g_l‖² / ‖g_l‖² by the name of the layer's weight, scalars
+
+    @classmethod
+    def by(
+        cls,
+        choices: Tensor,
+        table: LayerTable,
+        errors: dict[str, Tensor],
+        learning: dict[str, str],
+        gradients: Parameters,
+    ) -> "Spoiled":
+        """From the errors of :meth:`RateProbe.errors`, and the exact gradients g."""
+        correction = {name: torch.zeros_like(tensor) for name, tensor in gradients.items()}
+        noise: dict[str, Tensor] = {}
+        rows = {name: row for row, name in enumerate(table.names)}
+        for name, error in errors.items():
+            weight, chosen = learning[name], choices[rows[name]]
+            correction[weight] = correction[weight] + torch.einsum("r,r...->...", chosen, error)
+            size = gradients[weight].square().sum().clamp_min(torch.finfo(error.dtype).tiny)
+            noise[weight] = torch.dot(chosen, error.flatten(1).square().sum(dim=1) / size)
+        return cls(correction, noise)
+
+    def in_update(self, updates: Parameters) -> Tensor:
+        """ρ, scalar.
+
+        Args:
+            updates: u, what the rule made of the gradients.
+        """
+        sizes = {name: updates[name].detach().square().sum() for name in updates}
+        total = torch.stack(list(sizes.values())).sum().clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.stack([sizes[name] / total * value for name, value in self.noise.items()]).sum()
 
 
 def soft_choices(head: LearnedRates, task: RateTask, like: Parameters, state: PruningState, scale: float) -> Tensor:

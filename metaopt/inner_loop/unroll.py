@@ -7,6 +7,7 @@ positions; its gradient in the learned tensors :math:`\varphi` is taken by :mod:
 Truncation cuts the graph every T steps: position t then only answers for the steps since the last cut.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -50,6 +51,7 @@ class UnrollConfig:
     gradient: str = "first_order"
     truncation: int | None = None  # steps between cuts of the graph; None: no cut
     term_steps: int | None = 1  # steps of an unroll at which learned objective weights see each term's own gradient
+    noise_price: float = 5.0  # of the noise that learned rates bring into an update, relative to it
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
@@ -58,6 +60,10 @@ class UnrollConfig:
         for name, value in (("truncation", self.truncation), ("term_steps", self.term_steps)):
             if value is not None and value < 1:
                 raise ConfigError(f"meta.{name} is {value}; it must be null or at least 1: set for example 8")
+        if not (math.isfinite(self.noise_price) and self.noise_price >= 0):
+            raise ConfigError(
+                f"meta.noise_price is {self.noise_price}; it must be finite and 0 or more: set for example 5"
+            )
 
 
 @dataclass

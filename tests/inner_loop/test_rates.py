@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from metaopt.errors import ConfigError
-from metaopt.inner_loop import RateTask, gradients_of, meta_gradient
-from metaopt.inner_loop.rates import RateProbe
+from metaopt.inner_loop import RateTask, UnrollConfig, gradients_of, meta_gradient
+from metaopt.inner_loop.rates import RateProbe, Spoiled
 from metaopt.inner_loop.unroll import MetaBatch
 from metaopt.meta import MetaTrainConfig, MetaTrainer
 from metaopt.meta.loss import build_meta_loss
@@ -40,21 +40,93 @@ def kept_at(table: LayerTable, rate: Rate) -> torch.Tensor:
     return choices
 
 
+def spoiled_by(choices: torch.Tensor, table: LayerTable, leaves, loss_of) -> tuple[dict[str, torch.Tensor], Spoiled]:
+    """The exact gradients, and what the choices do to them."""
+    probe = RateProbe(MODEL, learning_layers(leaves))
+    with probe.watching():
+        loss = loss_of(IMAGES)
+    errors = probe.errors(loss, table, leaves)
+    exact = gradients_of(loss, leaves)
+    return exact, Spoiled.by(choices, table, errors, learning_layers(leaves), exact)
+
+
 @pytest.mark.parametrize("bits", [32, 8, 4, 2])
 def test_the_last_layers_gradient_is_the_engines(bits: int) -> None:
     """No coarser layer lies behind it, so nothing is left out."""
     _, leaves, loss_of, table = setting()
-    probe = RateProbe(MODEL, learning_layers(leaves))
-    with probe.watching():
-        loss = loss_of(IMAGES)
-    found = probe.correction(loss, kept_at(table, Rate(bits)), table, leaves)
-    exact = gradients_of(loss, leaves)
+    exact, spoiled = spoiled_by(kept_at(table, Rate(bits)), table, leaves, loss_of)
+    found = spoiled.correction
     with SavedActivations(MODEL, memory="pruned", default=Rate(bits)):
         coded = gradients_of(loss_of(IMAGES), leaves)
     name = "module.bn2.weight"
     torch.testing.assert_close(exact[name] + found[name], coded[name], rtol=1e-3, atol=2e-5)
     assert bool((found[name] != 0).any()) == (bits < 32)
     assert not bool((found["module.bn2.bias"] != 0).any())
+    error = (coded[name] - exact[name]).square().sum() / exact[name].square().sum()
+    torch.testing.assert_close(spoiled.noise[name], error, rtol=1e-2, atol=1e-6)
+
+
+def test_noise_counts_by_what_the_layer_is_moved() -> None:
+    _, leaves, loss_of, table = setting()
+    _, spoiled = spoiled_by(kept_at(table, Rate(2)), table, leaves, loss_of)
+    one, two = "module.bn1.weight", "module.bn2.weight"
+    assert set(spoiled.noise) == {one, two} and spoiled.noise[one] > 0
+    for size in (0.0, 1.0, 3.0):
+        updates = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        updates[one][0], updates[two][1] = 1.0, size
+        expected = (spoiled.noise[one] + size**2 * spoiled.noise[two]) / (1 + size**2)
+        torch.testing.assert_close(spoiled.in_update(updates), expected)
+    assert float(spoiled.in_update({name: torch.zeros_like(leaf) for name, leaf in leaves.items()})) == 0.0
+
+
+def test_mixed_choices_are_as_noisy_as_their_mean() -> None:
+    _, leaves, loss_of, table = setting()
+    coarse, fine = (kept_at(table, Rate(bits)) for bits in (2, 6))
+    parts = [spoiled_by(choices, table, leaves, loss_of)[1] for choices in (coarse, fine, 0.25 * coarse + 0.75 * fine)]
+    for name in parts[0].noise:
+        low, high, mixed = (part.noise[name] for part in parts)
+        torch.testing.assert_close(mixed, 0.25 * low + 0.75 * high)
+        assert high < low
+
+
+def batches_of(seeds: range) -> list[MetaBatch]:
+    found = []
+    for seed in seeds:
+        images = random_images(32, seed)
+        found.append(MetaBatch(images, MODEL(images).logits.softmax(dim=1)))
+    return found
+
+
+def test_the_price_of_noise_is_the_heads_alone_and_lowers_the_noise() -> None:
+    """A step of the head against the gradient that the price adds brings less noise, at the same bytes."""
+    policy, leaves, loss_of, table = setting()
+    head = policy.pruning
+    assert isinstance(head, LearnedRates)
+    with torch.no_grad():
+        head.output.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    task = RateTask(table, int(1.3 * table.peak(table.costs.min(axis=1))))
+
+    def run(price: float) -> dict[str, torch.Tensor]:
+        config, generator = UnrollConfig(noise_price=price), torch.Generator().manual_seed(0)
+        loss, batches = build_meta_loss("clean_teacher"), batches_of(range(3))
+        result = meta_gradient(policy, MODEL, OWN, None, batches, loss, rates=task, generator=generator, config=config)
+        return result.gradients
+
+    def noise() -> float:
+        learning = learning_layers(leaves)
+        choices = head.soft_choices(table, list(learning), head.init(leaves), task.budget).detach()
+        exact, spoiled = spoiled_by(choices, table, leaves, loss_of)
+        updates = policy.rule.update(exact, policy.rule.init(leaves))[0]  # type: ignore[union-attr]
+        return float(spoiled.in_update(updates))
+
+    free, priced = run(0.0), run(100.0)
+    for name in free:
+        assert torch.equal(free[name], priced[name]) != name.startswith("pruning."), name
+    before = noise()
+    with torch.no_grad():
+        added = priced["pruning.output.weight"] - free["pruning.output.weight"]
+        head.output.weight.sub_(0.2 * added / added.norm())
+    assert noise() < before
 
 
 def test_the_meta_gradient_reaches_the_head_and_depends_on_the_budget() -> None:
@@ -62,10 +134,7 @@ def test_the_meta_gradient_reaches_the_head_and_depends_on_the_budget() -> None:
     assert isinstance(policy.pruning, LearnedRates)
     with torch.no_grad():
         policy.pruning.output.weight.add_(0.3)
-    loss, batches = build_meta_loss("clean_teacher"), []
-    for seed in range(4):
-        images = random_images(32, seed)
-        batches.append(MetaBatch(images, MODEL(images).logits.softmax(dim=1)))
+    loss, batches = build_meta_loss("clean_teacher"), batches_of(range(4))
     least = table.peak(table.costs.min(axis=1))
     found = []
     for share in (1.1, 1.5):
@@ -112,7 +181,11 @@ def test_a_run_logs_the_bytes_over_budget_and_selection_sees_the_rates(monkeypat
 
 
 def test_rates_are_learned_in_first_order_alone() -> None:
-    from metaopt.inner_loop import UnrollConfig
-
     with pytest.raises(ConfigError, match=r"meta.rates=true does not go with meta.gradient=full"):
         MetaTrainConfig(rates=True, unroll=UnrollConfig("full"))
+
+
+@pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf")])
+def test_a_price_of_noise_is_finite_and_not_negative(price: float) -> None:
+    with pytest.raises(ConfigError, match=r"meta.noise_price is .*; it must be finite and 0 or more"):
+        UnrollConfig(noise_price=price)
