@@ -16,7 +16,7 @@ from metaopt.policy.gate import Gate, LearnedGate, PeriodicGate
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.prior import FixedPrior, LearnedPrior, Prior
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
-from metaopt.sparsity import PRUNING_RULES, LearnedRates, PruningRule, RatesConfig, build_rule
+from metaopt.sparsity import DEFAULT_RULE, PRUNING_RULES, LearnedRates, PruningRule, RatesConfig, build_rule
 from metaopt.types import SourceStatistics, UpdateRule
 
 UPDATES = ("none", *HAND_MADE_RULES, "generator")
@@ -188,7 +188,7 @@ def _pruning(config: MethodConfig, policy: AdaptationPolicy | None) -> PruningRu
             f"method {config.name!r} has pruning=learned and no policy; allowed without one are "
             f"{', '.join(PRUNING_RULES)}: set method.pruning=rate_distortion, or give a policy"
         )
-    return policy.pruning or build_rule("rate_distortion")
+    return policy.pruning or build_rule(DEFAULT_RULE)
 
 
 def _restoration(config: MethodConfig, policy: AdaptationPolicy | None) -> SourceRestoration | None:

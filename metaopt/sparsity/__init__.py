@@ -3,6 +3,7 @@
 from metaopt.sparsity.codec import Rate as Rate
 from metaopt.sparsity.head import LearnedRates as LearnedRates
 from metaopt.sparsity.head import RatesConfig as RatesConfig
+from metaopt.sparsity.memory import DEFAULT_RULE as DEFAULT_RULE
 from metaopt.sparsity.memory import MEMORIES as MEMORIES
 from metaopt.sparsity.memory import ActivationMemory as ActivationMemory
 from metaopt.sparsity.memory import MemoryConfig as MemoryConfig

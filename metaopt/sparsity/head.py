@@ -25,7 +25,7 @@ from metaopt.errors import ConfigError
 from metaopt.sparsity.codec import Rate
 from metaopt.sparsity.importance import layer_importance, match_layers
 from metaopt.sparsity.ratios import LayerTable, allocate
-from metaopt.sparsity.rules import PruningState, SinglePass, fresh_state
+from metaopt.sparsity.rules import DECAY, PruningState, fresh_state, running_mean
 from metaopt.types import Parameters
 
 KINDS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")  # any other has none of these bits
@@ -39,7 +39,7 @@ class RatesConfig:
     """What a learned head is built from."""
 
     hidden: int = 16
-    decay: float = 0.9  # of the running GI
+    decay: float = DECAY  # of the running GI
     temperature: float = 0.02  # T, in meta-training
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class LearnedRates(nn.Module):
 
     def observe(self, importance: Tensor, state: PruningState) -> PruningState:
         """Running mean of GI."""
-        return SinglePass(self.config.decay).observe(importance, state)
+        return running_mean(importance, state, self.config.decay)
 
     @torch.no_grad()
     def rates(

@@ -19,11 +19,12 @@ from metaopt.errors import ConfigError
 from metaopt.sparsity.importance import gradient_importance, learning_layers
 from metaopt.sparsity.profile import Profiles
 from metaopt.sparsity.ratios import MIB, LayerTable
-from metaopt.sparsity.rules import PruningRule, PruningState, RateDistortion, Uniform
+from metaopt.sparsity.rules import PruningRule, PruningState, build_rule
 from metaopt.sparsity.saved import LayerRecord, SavedActivations
 from metaopt.types import Parameters
 
 MEMORIES = ("dense", "exact", "compact", "pruned")
+DEFAULT_RULE = "rate_distortion"
 
 LossOf = Callable[[Tensor], Tensor]
 """The step's own loss on images (n, 3, H, W), a scalar that carries the graph of one forward pass."""
@@ -71,13 +72,13 @@ class ActivationMemory:
 
     Args:
         config: mode and budget.
-        rule: chooses the rates, where the mode leaves a choice; None for :class:`RateDistortion`.
+        rule: chooses the rates, where the mode leaves a choice; None for :data:`DEFAULT_RULE`.
         profiles: what dry runs tell, shared with others that run the same model under the same loss; None: its own.
     """
 
     def __init__(self, config: MemoryConfig, rule: PruningRule | None = None, profiles: Profiles | None = None) -> None:
         self.config = config
-        self.rule = (rule or RateDistortion()) if config.chooses else None
+        self.rule = (rule or build_rule(DEFAULT_RULE)) if config.chooses else None
         self.layers: list[LayerRecord] = []  # what the latest step kept
         self.profiles = profiles or Profiles()
 
@@ -154,7 +155,9 @@ class ActivationMemory:
         if self.budget is None:
             return SavedActivations(model, memory="exact")
         table = self._table(model, loss_of, parameters, images)
-        return SavedActivations(model, memory="pruned", rates=Uniform().rates(table, (), _NOTHING, self.budget))
+        return SavedActivations(
+            model, memory="pruned", rates=build_rule("uniform").rates(table, (), _NOTHING, self.budget)
+        )
 
     def _table(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> LayerTable:
         prunes = self.config.memory == "pruned"

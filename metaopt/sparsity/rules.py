@@ -1,12 +1,15 @@
 """Pruning rules: pure ``init`` / ``rates`` / ``observe``, from the layers' gradients to what is kept of each.
 
+A rule without learned tensors is two functions: where the layers' importance comes from, and what it becomes within
+the budget.
+
 =============== ======================================================== ====================================
 rule            importance                                               onto the budget
 =============== ======================================================== ====================================
 published       SURGEON's, from an extra pass on 10 images of each batch float32 keep ratios, one common factor
 single_pass     SURGEON's, from the running GI of the steps before       float32 keep ratios, one common factor
 rate_distortion SURGEON's, from the running GI of the steps before       bits and keep ratios, least error
-uniform         none                                                     the best single rate
+uniform         all alike                                                the best single rate
 random          drawn once                                               bits and keep ratios, least error
 =============== ======================================================== ====================================
 """
@@ -14,10 +17,12 @@ random          drawn once                                               bits an
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from metaopt.data.seeding import generator_for
@@ -27,12 +32,21 @@ from metaopt.sparsity.importance import layer_importance, learning_layers, match
 from metaopt.sparsity.ratios import LayerTable, allocate, scale_ratios, uniform_choice
 from metaopt.types import Parameters
 
+DECAY = 0.9  # of the running GI
+
 
 class PruningState(NamedTuple):
     """What a rule remembers of the steps before."""
 
     importance: Tensor  # running GI of each learning layer, (n,) float32; zeros before the first gradient
     steps: Tensor  # gradients seen, scalar int64
+
+
+Importance = Callable[[LayerTable, Sequence[str], PruningState], NDArray[numpy.float64]]
+"""I_l of each layer of the table, (L,), from the names of the layers that the state speaks of, and the state."""
+
+Projection = Callable[[LayerTable, NDArray[numpy.float64], int | None], dict[str, Rate]]
+"""The rate of each layer by its name, from I_l and a budget in bytes; None for no limit."""
 
 
 class PruningRule(Protocol):
@@ -77,137 +91,78 @@ def fresh_state(parameters: Parameters) -> PruningState:
     )
 
 
-def published_importance(table: LayerTable, learning: Sequence[str], state: PruningState) -> numpy.ndarray:
-    """I_l of each layer of the table, (L,); ones before the first gradient."""
+def running_mean(importance: Tensor, state: PruningState, decay: float = DECAY) -> PruningState:
+    """State after another GI: the plain mean of the first, until the exponential one is the slower of the two.
+
+    Raises:
+        ConfigError: the decay is not in [0, 1).
+    """
+    if not 0.0 <= decay < 1.0:
+        raise ConfigError(f"the decay of the running importance is {decay}; allowed is [0, 1): set 0.9")
+    weight = max(1.0 - decay, 1.0 / (int(state.steps) + 1))
+    return PruningState(torch.lerp(state.importance, importance, weight), state.steps + 1)
+
+
+@dataclass(frozen=True)
+class ComposedRule:
+    """A rule without learned tensors. The first batch of a run has no gradient yet and treats all layers alike."""
+
+    importance: Importance
+    projection: Projection
+    extra_samples: int = 0
+    decay: float = DECAY  # of the running GI; 0: the latest replaces the one before
+
+    def init(self, parameters: Parameters) -> PruningState:
+        """Nothing seen yet."""
+        return fresh_state(parameters)
+
+    def rates(
+        self, table: LayerTable, learning: Sequence[str], state: PruningState, budget: int | None
+    ) -> dict[str, Rate]:
+        """The importance, projected onto the budget."""
+        return self.projection(table, self.importance(table, learning, state), budget)
+
+    def observe(self, importance: Tensor, state: PruningState) -> PruningState:
+        """Running mean of GI."""
+        return running_mean(importance, state, self.decay)
+
+
+def published_importance(table: LayerTable, learning: Sequence[str], state: PruningState) -> NDArray[numpy.float64]:
+    """SURGEON's I_l, (L,) in [0, 1]; ones before the first gradient."""
     matched = match_layers(table.names, learning)
     gradient = state.importance.cpu().double()[matched]
     return layer_importance(gradient, torch.from_numpy(table.dense_bytes).double()).numpy()
 
 
-@dataclass(frozen=True)
-class Published:
-    """SURGEON as published (arXiv 2503.20354): GI from an extra pass on a few random images of every batch."""
-
-    extra_samples: int = 10
-
-    def init(self, parameters: Parameters) -> PruningState:
-        """Nothing seen yet."""
-        return fresh_state(parameters)
-
-    def rates(
-        self, table: LayerTable, learning: Sequence[str], state: PruningState, budget: int | None
-    ) -> dict[str, Rate]:
-        """r_l = I_l / max I in float32, scaled into the budget by one factor."""
-        return scale_ratios(table, published_importance(table, learning, state), budget)
-
-    def observe(self, importance: Tensor, state: PruningState) -> PruningState:
-        """The latest GI replaces the one before."""
-        return PruningState(importance, state.steps + 1)
+def equal_importance(table: LayerTable, learning: Sequence[str], state: PruningState) -> NDArray[numpy.float64]:
+    """Ones, (L,): what an importance has to beat."""
+    return numpy.ones(len(table.layers))
 
 
-@dataclass(frozen=True)
-class SinglePass:
-    """SURGEON without its extra pass: its importance, from a running mean of the GI of the real backward passes before.
-
-    The first batch of a run has none and treats all layers alike.
-    """
-
-    decay: float = 0.9
-    extra_samples: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the decay."""
-        if not 0.0 <= self.decay < 1.0:
-            raise ConfigError(f"the decay of the running importance is {self.decay}; allowed is [0, 1): set 0.9")
-
-    def init(self, parameters: Parameters) -> PruningState:
-        """Nothing seen yet."""
-        return fresh_state(parameters)
-
-    def rates(
-        self, table: LayerTable, learning: Sequence[str], state: PruningState, budget: int | None
-    ) -> dict[str, Rate]:
-        """r_l = I_l / max I in float32, scaled into the budget by one factor."""
-        return scale_ratios(table, published_importance(table, learning, state), budget)
-
-    def observe(self, importance: Tensor, state: PruningState) -> PruningState:
-        """Running mean: the plain mean of the first gradients, until the exponential one is the slower of the two."""
-        weight = max(1.0 - self.decay, 1.0 / (int(state.steps) + 1))
-        return PruningState(torch.lerp(state.importance, importance, weight), state.steps + 1)
+def random_importance(
+    table: LayerTable, learning: Sequence[str], state: PruningState, seed: int = 0
+) -> NDArray[numpy.float64]:
+    """Drawn once, log-uniform over three decades, (L,): what any importance has to beat as well."""
+    drawn = torch.rand(len(table.layers), generator=generator_for("pruning", seed), dtype=torch.float64)
+    return (-drawn * math.log(1000.0)).exp().numpy()
 
 
-@dataclass(frozen=True)
-class RateDistortion:
-    """The same importance, and for it the bits and keep ratios of the least weighted error."""
-
-    decay: float = SinglePass.decay
-    extra_samples: int = 0
-
-    def init(self, parameters: Parameters) -> PruningState:
-        """Nothing seen yet."""
-        return fresh_state(parameters)
-
-    def rates(
-        self, table: LayerTable, learning: Sequence[str], state: PruningState, budget: int | None
-    ) -> dict[str, Rate]:
-        """The rate-distortion allocation for I_l; without a budget the best rate for all."""
-        return table.rates(allocate(table, published_importance(table, learning, state), budget))
-
-    def observe(self, importance: Tensor, state: PruningState) -> PruningState:
-        """As :class:`SinglePass`."""
-        return SinglePass(self.decay).observe(importance, state)
+def least_distortion(table: LayerTable, importance: NDArray[numpy.float64], budget: int | None) -> dict[str, Rate]:
+    """The rate-distortion allocation for I_l; without a budget the best rate for all."""
+    return table.rates(allocate(table, importance, budget))
 
 
-@dataclass(frozen=True)
-class Uniform:
-    """The same rate for every layer: what a rule has to beat."""
-
-    extra_samples: int = 0
-
-    def init(self, parameters: Parameters) -> PruningState:
-        """Nothing seen yet."""
-        return fresh_state(parameters)
-
-    def rates(
-        self, table: LayerTable, learning: Sequence[str], state: PruningState, budget: int | None
-    ) -> dict[str, Rate]:
-        """The best single rate within the budget."""
-        return table.rates([uniform_choice(table, budget)] * len(table.layers))
-
-    def observe(self, importance: Tensor, state: PruningState) -> PruningState:
-        """Count the step."""
-        return PruningState(state.importance, state.steps + 1)
-
-
-@dataclass(frozen=True)
-class Random:
-    """Importances drawn once, log-uniform over three decades: what any importance has to beat."""
-
-    seed: int = 0
-    extra_samples: int = 0
-
-    def init(self, parameters: Parameters) -> PruningState:
-        """Nothing seen yet."""
-        return fresh_state(parameters)
-
-    def rates(
-        self, table: LayerTable, learning: Sequence[str], state: PruningState, budget: int | None
-    ) -> dict[str, Rate]:
-        """The rate-distortion allocation for the drawn importances."""
-        drawn = torch.rand(len(table.layers), generator=generator_for("pruning", self.seed), dtype=torch.float64)
-        return table.rates(allocate(table, (-drawn * math.log(1000.0)).exp().numpy(), budget))
-
-    def observe(self, importance: Tensor, state: PruningState) -> PruningState:
-        """Count the step."""
-        return PruningState(state.importance, state.steps + 1)
+def single_rate(table: LayerTable, importance: NDArray[numpy.float64], budget: int | None) -> dict[str, Rate]:
+    """The best one for all layers, whatever their importance."""
+    return table.rates([uniform_choice(table, budget)] * len(table.layers))
 
 
 PRUNING_RULES: dict[str, Callable[[], PruningRule]] = {
-    "published": Published,
-    "single_pass": SinglePass,
-    "rate_distortion": RateDistortion,
-    "uniform": Uniform,
-    "random": Random,
+    "published": partial(ComposedRule, published_importance, scale_ratios, extra_samples=10, decay=0.0),
+    "single_pass": partial(ComposedRule, published_importance, scale_ratios),
+    "rate_distortion": partial(ComposedRule, published_importance, least_distortion),
+    "uniform": partial(ComposedRule, equal_importance, single_rate),
+    "random": partial(ComposedRule, random_importance, least_distortion),
 }
 """Rules without learned tensors, by the name that ``method.pruning`` calls them."""
 

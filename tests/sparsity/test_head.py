@@ -4,10 +4,9 @@ import numpy
 import pytest
 import torch
 
-from metaopt.sparsity import LearnedRates, PruningState, Rate
+from metaopt.sparsity import LearnedRates, PruningState, Rate, build_rule
 from metaopt.sparsity.head import soft_allocation
 from metaopt.sparsity.ratios import Layer, LayerTable
-from metaopt.sparsity.rules import RateDistortion
 
 NUMELS = (4096, 4096, 1024, 65536, 2048, 512)
 NAMES = tuple(f"n{index}" for index in range(len(NUMELS)))
@@ -37,7 +36,7 @@ def trained(seed: int = 0) -> LearnedRates:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_it_starts_as_rate_distortion(budget: int) -> None:
-    fresh, plain = LearnedRates().double(), RateDistortion()
+    fresh, plain = LearnedRates().double(), build_rule("rate_distortion")
     assert fresh.rates(table(), NAMES, STATE, budget) == plain.rates(table(), NAMES, STATE, budget)
 
 
