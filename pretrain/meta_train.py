@@ -17,7 +17,7 @@ from metaopt.measure import Monitor, closing_table, progress
 from metaopt.meta import MetaTrainer
 from metaopt.meta.report import MetaReport, report_on_unseen_tasks
 from metaopt.meta.resume import load_run, save_run
-from metaopt.policy import AdaptationPolicy, save_policy
+from metaopt.policy import AdaptationPolicy, load_policy, save_policy
 
 CHECKPOINT = Path("ckpt.pt")  # in the current folder
 
@@ -31,7 +31,8 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
     out = ensure_writable_folder(settings.out)
     model = load_model(settings.model, settings.source, device)
     check_images(model, images)
-    trainer = MetaTrainer(model, images, settings.meta.shifts, config)
+    start = None if settings.start is None else load_policy(settings.start)
+    trainer = MetaTrainer(model, images, settings.meta.shifts, config, start=start)
     untrained = copy.deepcopy(trainer.policy)
     if settings.resume is not None:
         load_run(trainer, settings.resume)

@@ -170,6 +170,7 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
         schedule=meta.schedule,
         clip_norm=meta.clip_norm,
         shrinkage=meta.shrinkage,
+        frozen=tuple(meta.frozen),
         selection_shifts=tuple(meta.selection_shifts),
         selection_tasks=meta.selection_tasks,
         select_best=meta.select_best,

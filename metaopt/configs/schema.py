@@ -104,6 +104,7 @@ class MetaTrainSettings:
     device: str
     out: str | None  # set when the settings are made: see the YAML file
     resume: str | None
+    start: str | None  # a policy whose learned parts training begins with; None: the published rules
     stop_after: int | None  # epochs in this run; None: to the end
 
     def __post_init__(self) -> None:

@@ -193,6 +193,7 @@ class MetaSection:
     update_rate: float | None = None
     rates: bool = False
     noise_price: float = 5.0
+    frozen: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check what no other part checks."""

@@ -9,8 +9,10 @@ from metaopt.inner_loop.func import InPlaceApply as InPlaceApply
 from metaopt.inner_loop.func import gradients_of as gradients_of
 from metaopt.inner_loop.meta_gradient import meta_gradient as meta_gradient
 from metaopt.inner_loop.rates import RateTask as RateTask
+from metaopt.inner_loop.unroll import PARTS as PARTS
 from metaopt.inner_loop.unroll import MetaBatch as MetaBatch
 from metaopt.inner_loop.unroll import MetaGradient as MetaGradient
 from metaopt.inner_loop.unroll import UnrollConfig as UnrollConfig
 from metaopt.inner_loop.unroll import learned_tensors as learned_tensors
+from metaopt.inner_loop.unroll import part_of as part_of
 from metaopt.inner_loop.unroll import squares_by_part as squares_by_part

@@ -99,12 +99,14 @@ PARTS = {  # of a policy, by how the names of their learned tensors start and en
 }
 
 
+def part_of(name: str) -> str | None:
+    """The part that a policy's tensor of this name belongs to."""
+    return next((part for part, (start, end) in PARTS.items() if name.startswith(start) and name.endswith(end)), None)
+
+
 def squares_by_part(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum of squares of the meta-gradient in each part of the policy that learns, scalars."""
-    squares = {
-        part: [g.square().sum() for name, g in gradients.items() if name.startswith(start) and name.endswith(end)]
-        for part, (start, end) in PARTS.items()
-    }
+    squares = {part: [g.square().sum() for name, g in gradients.items() if part_of(name) == part] for part in PARTS}
     return {part: torch.stack(found).sum() for part, found in squares.items() if found}
 
 

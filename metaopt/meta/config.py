@@ -48,6 +48,7 @@ class MetaTrainConfig:
     schedule: str = "cosine"  # of that rate: "cosine" falls to a tenth, "constant" stays
     clip_norm: float = 1.0  # largest norm of the meta-gradient
     shrinkage: float = 0.02  # weight of the mean square of the log step sizes
+    frozen: tuple[str, ...] = ()  # parts of the policy that stay as they start (metaopt.inner_loop.PARTS)
     selection_shifts: tuple[str, ...] = ("gamma", "posterise")
     selection_tasks: int = 4
     select_best: bool = True  # keep what does best on the selection tasks; else the last epoch
@@ -130,5 +131,6 @@ class MetaTrainConfig:
         values["generator"] = self.generator.to_dict()
         values["tasks"]["strength"] = list(self.tasks.strength)
         values["selection_shifts"] = list(self.selection_shifts)
+        values["frozen"] = list(self.frozen)
         values["experts"] = None if self.experts is None else self.experts.to_dict()
         return values

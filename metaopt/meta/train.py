@@ -19,6 +19,7 @@ def meta_train(
     shifts: Sequence[str | Shift] | None = None,
     config: MetaTrainConfig | None = None,
     *,
+    start: AdaptationPolicy | None = None,
     quiet: bool = False,
 ) -> AdaptationPolicy:
     """Meta-train an adaptation policy for a pre-trained model.
@@ -31,6 +32,7 @@ def meta_train(
         shifts: what deployment may bring: names from ``metaopt.shift_names()``, or shifts of one's own from
             ``metaopt.register_shift``; None: speckle noise, gaussian blur, spatter and saturate.
         config: settings; None: the defaults.
+        start: policy of this model whose learned parts this one begins with; None: as published.
         quiet: show no progress bar.
 
     Returns:
@@ -38,10 +40,11 @@ def meta_train(
 
     Raises:
         ModelError: the model has no normalisation layer that can adapt.
+        CheckpointError: ``start`` belongs to another model, or has other settings.
         DataError: the images have the wrong shape, type or range.
     """
     config = config or MetaTrainConfig()
     source = model if isinstance(model, SourceModel) else SourceModel(model)
-    trainer = MetaTrainer(source, validate_images(images).to(source.mean.device), shifts, config)
+    trainer = MetaTrainer(source, validate_images(images).to(source.mean.device), shifts, config, start=start)
     with progress(config.epochs * config.unrolls, "Meta-training", quiet=quiet) as bar:
         return trainer.run(on_unroll=lambda loss: bar.update(loss=loss))

@@ -21,6 +21,7 @@ from metaopt.meta.loss import build_meta_loss
 from metaopt.meta.rate_tasks import RateTasks
 from metaopt.meta.selection import held_out_tasks, selection_loss
 from metaopt.meta.tasks import Task, TaskSampler, Window
+from metaopt.meta.warm_start import begin_with, freeze
 from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
 from metaopt.policy import AdaptationPolicy, PolicyState, SourceRecord, layout_of, learned_prior, new_policy
@@ -37,6 +38,7 @@ class MetaTrainer:
         shifts: what to adapt to in training: registered names or shifts; None: the four of the ``meta`` family.
         config: settings.
         monitor: where curves go; None: nowhere.
+        start: policy of this model whose learned parts this one begins with; None: as published.
 
     Raises:
         ModelError: the model has nothing to adapt.
@@ -50,6 +52,7 @@ class MetaTrainer:
         shifts: Sequence[str | Shift] | None = None,
         config: MetaTrainConfig | None = None,
         monitor: Monitor | None = None,
+        start: AdaptationPolicy | None = None,
     ) -> None:
         self.config = config = config or MetaTrainConfig()
         if len(images) < 2:
@@ -85,6 +88,8 @@ class MetaTrainer:
         if self.policy.objective.needs_features:
             self.policy.statistics = source_statistics(model, images, config.tasks.batch_size)
         self.policy.source = SourceRecord.of(model, layout)
+        begin_with(self.policy, start, model)
+        freeze(self.policy, config.frozen)
         self.rule = self.policy.rule
         self.apply = build_backend(config.backend, self.rule)
         self.optimizer = torch.optim.Adam(learned_tensors(self.policy).values(), lr=config.lr)

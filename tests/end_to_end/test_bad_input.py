@@ -252,6 +252,16 @@ CASES = {
         "another source model",
         weights_of("cifar_resnet20"),
     ),
+    # Policies to start with
+    "start missing": Case("meta_train", [*TINY_META, "start=none.pt", "out=run"], "no file 'none.pt'"),
+    "start of another generator": Case(
+        "meta_train", [*TINY_META, "start=ckpt.pt", "generator=published", "out=run"], "other settings of generator."
+    ),
+    "frozen unknown": Case(
+        "meta_train",
+        [*TINY_META, "meta.frozen=[optimizer]", "out=run"],
+        "allowed are the parts that this policy learns",
+    ),
     # Outputs
     "out is a file": Case("online", [*ONLINE, "method=bn", "out=taken"], "cannot write", a_file_called_taken),
     "out under a file": Case("meta_train", [*TINY_META, "out=taken/run"], "cannot write", a_file_called_taken),

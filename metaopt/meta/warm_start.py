@@ -1,0 +1,69 @@
+"""Where meta-training begins, and what it leaves alone: another policy's learned parts, and parts that are frozen.
+
+A gate, or rates, that are learned on top of a frozen generator leave it as good as it was, and need few unrolls.
+"""
+
+from collections.abc import Collection
+
+from metaopt.errors import CheckpointError, ConfigError
+from metaopt.generator import GradientGenerator
+from metaopt.inner_loop import PARTS, part_of
+from metaopt.models import SourceModel
+from metaopt.policy import AdaptationPolicy, check_source
+
+
+def begin_with(policy: AdaptationPolicy, start: AdaptationPolicy | None, model: SourceModel) -> None:
+    """Take over all that ``start`` has learned. Parts that it lacks stay as they are.
+
+    Args:
+        policy: the one to be trained; changed in place.
+        start: meta-trained on the same model; None: nothing is taken over.
+        model: the source model.
+
+    Raises:
+        CheckpointError: it was trained on another model, or with another generator or other experts.
+    """
+    if start is None:
+        return
+    check_source(start, model)
+    theirs = start.rule.config.to_dict() if isinstance(start.rule, GradientGenerator) else {}
+    assert isinstance(policy.rule, GradientGenerator)
+    ours = policy.rule.config.to_dict()
+    differing = sorted(key for key in ours if theirs.get(key) != ours[key])
+    if differing:
+        raise CheckpointError(
+            f"the policy to start with has other settings of generator.{', generator.'.join(differing)}; allowed are "
+            "the same ones: repeat those that it was trained with"
+        )
+    own, given = policy.state_dict(), start.state_dict()
+    for name, tensor in own.items():
+        if name in given and given[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the policy to start with has {name} of shape {tuple(given[name].shape)}; allowed is "
+                f"{tuple(tensor.shape)}: repeat the settings that it was trained with"
+            )
+    policy.load_state_dict(own | {name: tensor for name, tensor in given.items() if name in own})
+
+
+def freeze(policy: AdaptationPolicy, parts: Collection[str]) -> None:
+    """Leave these parts as they are.
+
+    Raises:
+        ConfigError: the policy has no such part that learns, or nothing would be left to learn.
+    """
+    learned = {name: tensor for name, tensor in policy.named_parameters() if tensor.requires_grad}
+    present = [part for part in PARTS if any(part_of(name) == part for name in learned)]
+    for part in parts:
+        if part not in present:
+            raise ConfigError(
+                f"meta.frozen names {part!r}; allowed are the parts that this policy learns, {', '.join(present)}: "
+                "choose among those"
+            )
+    for name, tensor in learned.items():
+        if part_of(name) in parts:
+            tensor.requires_grad_(False)
+    if not any(tensor.requires_grad for tensor in learned.values()):
+        raise ConfigError(
+            f"meta.frozen=[{','.join(parts)}] leaves nothing to learn; allowed are all parts but one at most: "
+            "leave one out"
+        )

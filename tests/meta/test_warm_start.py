@@ -1,0 +1,102 @@
+"""Training that begins with another policy, and parts that it leaves alone."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from metaopt.errors import CheckpointError, ConfigError
+from metaopt.generator import GeneratorConfig
+from metaopt.inner_loop import PARTS, part_of
+from metaopt.meta import MetaTrainConfig, MetaTrainer, meta_train
+from metaopt.policy import AdaptationPolicy
+
+from ..tiny import random_images, tiny_config, tiny_model
+
+IMAGES = random_images(32, 3)
+FROZEN = ("generator", "objective", "restoration", "prior")
+
+
+def trained(**changes: Any) -> AdaptationPolicy:
+    return trainer_with(**changes).run()
+
+
+def trainer_with(start: AdaptationPolicy | None = None, seed: int = 0, **changes: Any) -> MetaTrainer:
+    config = tiny_config(**{"epochs": 1, "select_best": False, **changes})
+    return MetaTrainer(tiny_model(seed), IMAGES, None, config, start=start)
+
+
+def weights_of(policy: AdaptationPolicy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+
+
+def test_a_gate_is_learned_on_top_of_a_policy_that_stays_bit_for_bit() -> None:
+    start = trained()
+    before = weights_of(start)
+    policy = trained(start=start, update_rate=0.5, frozen=FROZEN)
+    after = weights_of(policy)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert sorted(set(after) - set(before)) == ["gate.bias", "gate.weights"]
+    fresh = weights_of(trainer_with(update_rate=0.5).policy)
+    assert not torch.equal(after["gate.weights"], fresh["gate.weights"])
+    assert policy.training["config"]["frozen"] == list(FROZEN)
+
+
+def test_without_frozen_parts_training_goes_on_from_the_start() -> None:
+    start = trained()
+    trainer = trainer_with(start=start)
+    begun = weights_of(trainer.policy)
+    assert all(torch.equal(begun[name], tensor) for name, tensor in start.state_dict().items())
+    moved = weights_of(trainer.run())
+    assert {part_of(name) for name in begun if not torch.equal(moved[name], begun[name])} == set(FROZEN)
+    assert all(torch.equal(begun[name], tensor) for name, tensor in start.state_dict().items()), "start is only read"
+
+
+@pytest.mark.parametrize("part", ["generator", "objective", "restoration", "prior"])
+def test_one_frozen_part_stays_and_the_others_move(part: str) -> None:
+    trainer = trainer_with(frozen=(part,))
+    before = weights_of(trainer.policy)
+    after = weights_of(trainer.run())
+    still = {name for name, tensor in trainer.policy.named_parameters() if torch.equal(after[name], before[name])}
+    own = {name for name, _ in trainer.policy.named_parameters() if part_of(name) == part}
+    assert own and own <= still
+    assert {part_of(name) for name in before if not torch.equal(after[name], before[name])} == {
+        other for other in FROZEN if other != part
+    }
+
+
+def test_every_learned_tensor_belongs_to_one_part() -> None:
+    policy = trainer_with(update_rate=0.5, rates=True).policy
+    names = [name for name, tensor in policy.named_parameters() if tensor.requires_grad]
+    assert {part_of(name) for name in names} == {*FROZEN, "gate", "rates"} <= set(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (("gate",), r"meta.frozen names 'gate'; allowed are .*generator, objective, restoration, prior: choose"),
+        (("nothing",), r"meta.frozen names 'nothing'; allowed are"),
+        (FROZEN, r"meta.frozen=\[generator,objective,restoration,prior\] leaves nothing to learn"),
+    ],
+)
+def test_frozen_parts_are_checked(frozen: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trainer_with(frozen=frozen)
+
+
+def test_a_start_that_does_not_fit_is_refused() -> None:
+    start = trained()
+    with pytest.raises(CheckpointError, match=r"trained on weights .* set model.checkpoint to their file"):
+        trainer_with(start=start, seed=1)
+    other = GeneratorConfig(**{**start.training["config"]["generator"], "hidden": 4})
+    with pytest.raises(CheckpointError, match=re.escape("other settings of generator.hidden; allowed are the same")):
+        trainer_with(start=start, generator=other)
+
+
+def test_the_library_call_takes_a_start() -> None:
+    start = trained()
+    config = MetaTrainConfig(**{**vars(tiny_config(epochs=1, select_best=False)), "frozen": FROZEN, "update_rate": 0.5})
+    policy = meta_train(tiny_model(), IMAGES, config=config, start=start, quiet=True)
+    assert torch.equal(policy.state_dict()["rule.log_step_sizes"], start.state_dict()["rule.log_step_sizes"])
+    assert policy.gate is not None
