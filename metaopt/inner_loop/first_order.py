@@ -176,7 +176,8 @@ class FirstOrderUnroll(Unroll):
         """What learned rates change of this step's gradient; it stands for all steps."""
         assert isinstance(self.policy.pruning, LearnedRates) and self.rates is not None
         choices = soft_choices(self.policy.pruning, self.rates, leaves, state.pruning, float(self.steps))
-        exact = {name: sum((w.detach() * each[name] for w, each in inner), torch.zeros(())) for name in leaves}
+        with torch.no_grad():
+            exact = _weighed(inner)
         self.spoiled = Spoiled.by(choices, self.rates.table, errors, learning_layers(leaves), exact)
         return inner[0][0].new_ones(()), self.spoiled.correction
 
@@ -209,7 +210,7 @@ class FirstOrderUnroll(Unroll):
         """The rule's update on the noted gradients, without a graph."""
         assert self.policy.rule is not None
         with torch.no_grad():
-            gradients = {name: torch.stack([w * each[name] for w, each in inner]).sum(dim=0) for name in leaves}
+            gradients = _weighed(inner)
             updates, rule_state = self.policy.rule.update(gradients, state.rule)
             pruning = state.pruning
             if self.policy.pruning is not None:
@@ -217,3 +218,8 @@ class FirstOrderUnroll(Unroll):
             moved = {name: leaf - updates[name] for name, leaf in leaves.items()}
             moved, teacher = settle(self.policy, self.model, moved, state.teacher)
             return moved, replace(state, rule=rule_state, pruning=pruning, teacher=teacher)
+
+
+def _weighed(pairs: list[tuple[Tensor, Parameters]]) -> Parameters:
+    """The sum of weighted gradients."""
+    return {name: torch.stack([weight * each[name] for weight, each in pairs]).sum(dim=0) for name in pairs[0][1]}
