@@ -105,6 +105,11 @@ class MetaTrainConfig:
                 "[0, 1]: set for example 0.02 and 0.5"
             )
 
+    @property
+    def total_unrolls(self) -> int:
+        """Unrolls of the whole training."""
+        return self.epochs * self.unrolls
+
     def steps_at(self, epoch: int) -> int:
         """K in epoch ``epoch`` (from 0): grows linearly from ``first_steps`` to ``steps``."""
         first = min(self.first_steps, self.steps)
@@ -122,7 +127,7 @@ class MetaTrainConfig:
         """Rate of the meta-optimizer at an unroll of an epoch (from 0): with "cosine", down to a tenth at the end."""
         if self.schedule == "constant":
             return self.lr
-        done = (epoch * self.unrolls + unroll) / (self.epochs * self.unrolls)
+        done = (epoch * self.unrolls + unroll) / self.total_unrolls
         return self.lr * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
 
     def to_dict(self) -> dict[str, Any]:

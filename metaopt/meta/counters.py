@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-PRICE_RATE = 0.002  # change of the price for a share of updates that is wrong by 1
+PRICE_SPAN = 0.3  # change of the price over a whole training with a share of updates that is wrong by 1
 
 
 @dataclass
@@ -22,12 +22,13 @@ class Counters:
     selection: list[float] = field(default_factory=list)  # losses on the selection tasks: at the start, and of these
 
 
-def next_price(price: float, rate: float, allowed: float) -> float:
+def next_price(price: float, rate: float, allowed: float, unrolls: int) -> float:
     """Dual ascent: an update grows dearer while the gate opens more often than it may, and cheaper while less.
 
     Args:
         price: of an update so far, in units of the meta-loss; never below 0.
         rate: share of the latest batches that were updated on.
         allowed: the share that is asked for.
+        unrolls: of the whole training: a short one has to find its price sooner.
     """
-    return max(0.0, price + PRICE_RATE * (rate - allowed))
+    return max(0.0, price + PRICE_SPAN / unrolls * (rate - allowed))

@@ -46,5 +46,5 @@ def meta_train(
     config = config or MetaTrainConfig()
     source = model if isinstance(model, SourceModel) else SourceModel(model)
     trainer = MetaTrainer(source, validate_images(images).to(source.mean.device), shifts, config, start=start)
-    with progress(config.epochs * config.unrolls, "Meta-training", quiet=quiet) as bar:
+    with progress(config.total_unrolls, "Meta-training", quiet=quiet) as bar:
         return trainer.run(on_unroll=lambda loss: bar.update(loss=loss))

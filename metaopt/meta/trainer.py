@@ -246,8 +246,8 @@ class MetaTrainer:
 
     def _price_updates(self, opened: list[bool]) -> None:
         if self.config.update_rate is not None:
-            rate, counters = sum(opened) / len(opened), self.counters
-            counters.update_price = next_price(counters.update_price, rate, self.config.update_rate)
+            rate, counters, total = sum(opened) / len(opened), self.counters, self.config.total_unrolls
+            counters.update_price = next_price(counters.update_price, rate, self.config.update_rate, total)
             self.monitor.scalar("meta/update_rate", rate, counters.updates)
             self.monitor.scalar("meta/update_price", counters.update_price, counters.updates)
 

@@ -5,15 +5,23 @@ import pytest
 from metaopt.data import load_digits
 from metaopt.errors import ConfigError
 from metaopt.meta import MetaTrainConfig, MetaTrainer
-from metaopt.meta.counters import PRICE_RATE, next_price
+from metaopt.meta.counters import PRICE_SPAN, next_price
 
 from ..tiny import small_digits, tiny_config, trained_model
 
 
 def test_price_rises_above_the_share_falls_below_it_and_is_never_negative() -> None:
-    assert next_price(0.01, 0.75, 0.5) == pytest.approx(0.01 + 0.25 * PRICE_RATE)
-    assert next_price(0.01, 0.25, 0.5) == pytest.approx(0.01 - 0.25 * PRICE_RATE)
-    assert next_price(0.0, 0.0, 0.5) == 0.0
+    assert next_price(0.01, 0.75, 0.5, 100) == pytest.approx(0.01 + 0.0025 * PRICE_SPAN)
+    assert next_price(0.01, 0.25, 0.5, 100) == pytest.approx(0.01 - 0.0025 * PRICE_SPAN)
+    assert next_price(0.0, 0.0, 0.5, 100) == 0.0
+
+
+@pytest.mark.parametrize("unrolls", [10, 120])
+def test_a_training_of_any_length_moves_the_price_alike(unrolls: int) -> None:
+    price = 0.0
+    for _ in range(unrolls):
+        price = next_price(price, 0.75, 0.5, unrolls)
+    assert price == pytest.approx(0.25 * PRICE_SPAN)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
