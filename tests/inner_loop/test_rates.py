@@ -24,7 +24,9 @@ OWN = {name: tensor.detach() for name, tensor in adapted_layout(MODEL).take(MODE
 
 def setting():
     policy, leaves = tiny_policy(MODEL), detached(OWN)
-    policy.pruning = LearnedRates()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy.pruning = LearnedRates()
 
     def loss_of(images: torch.Tensor) -> torch.Tensor:
         loss = policy.evaluate(MODEL, leaves, images).loss
@@ -98,7 +100,7 @@ def batches_of(seeds: range) -> list[MetaBatch]:
 
 
 def test_the_price_of_noise_is_the_heads_alone_and_lowers_the_noise() -> None:
-    """A step of the head against the gradient that the price adds brings less noise, at the same bytes."""
+    """A small step of the head against the gradient that the price adds brings less noise, at the same bytes."""
     policy, leaves, loss_of, table = setting()
     head = policy.pruning
     assert isinstance(head, LearnedRates)
@@ -106,16 +108,18 @@ def test_the_price_of_noise_is_the_heads_alone_and_lowers_the_noise() -> None:
         head.output.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     task = RateTask(table, int(1.3 * table.peak(table.costs.min(axis=1))))
 
+    batches = batches_of(range(2))  # one step, which is the one that the rates are asked at
+
     def run(price: float) -> dict[str, torch.Tensor]:
         config, generator = UnrollConfig(noise_price=price), torch.Generator().manual_seed(0)
-        loss, batches = build_meta_loss("clean_teacher"), batches_of(range(3))
+        loss = build_meta_loss("clean_teacher")
         result = meta_gradient(policy, MODEL, OWN, None, batches, loss, rates=task, generator=generator, config=config)
         return result.gradients
 
     def noise() -> float:
         learning = learning_layers(leaves)
         choices = head.soft_choices(table, list(learning), head.init(leaves), task.budget).detach()
-        exact, spoiled = spoiled_by(choices, table, leaves, loss_of)
+        exact, spoiled = spoiled_by(choices, table, leaves, lambda _: loss_of(batches[0].images))
         updates = policy.rule.update(exact, policy.rule.init(leaves))[0]  # type: ignore[union-attr]
         return float(spoiled.in_update(updates))
 
@@ -125,7 +129,7 @@ def test_the_price_of_noise_is_the_heads_alone_and_lowers_the_noise() -> None:
     before = noise()
     with torch.no_grad():
         added = priced["pruning.output.weight"] - free["pruning.output.weight"]
-        head.output.weight.sub_(0.2 * added / added.norm())
+        head.output.weight.sub_(0.02 * added / added.norm())
     assert noise() < before
 
 
