@@ -12,6 +12,7 @@ from typing import Any
 from metaopt.allocator import keep_freed_memory
 from metaopt.configs import MetaTrainSettings, resolve_device, run_command
 from metaopt.configs.assemble import check_images, load_model, meta_train_config, unlabeled_images
+from metaopt.errors import ConfigError
 from metaopt.files import atomic_write_text, ensure_writable_folder
 from metaopt.measure import Monitor, closing_table, progress
 from metaopt.meta import MetaTrainer
@@ -31,7 +32,7 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
     out = ensure_writable_folder(settings.out)
     model = load_model(settings.model, settings.source, device)
     check_images(model, images)
-    start = None if settings.start is None else load_policy(settings.start)
+    start = None if settings.start is None else policy_to_start_with(settings.start)
     trainer = MetaTrainer(model, images, settings.meta.shifts, config, start=start)
     untrained = copy.deepcopy(trainer.policy)
     if settings.resume is not None:
@@ -52,6 +53,21 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
             show(report)
     atomic_write_text(json.dumps(summary, indent=2) + "\n", out / "summary.json")
     say_what_next(trainer, policy, out, overrides)
+
+
+def policy_to_start_with(path: str) -> AdaptationPolicy:
+    """Read it.
+
+    Raises:
+        ConfigError: this command would overwrite it, and a resumed run would start with something else.
+        CheckpointError: it cannot be read.
+    """
+    if Path(path).resolve() == CHECKPOINT.resolve():
+        raise ConfigError(
+            f"start={path} is the file that this command writes; allowed is any other: mv {CHECKPOINT} start.pt, and "
+            "set start=start.pt"
+        )
+    return load_policy(path)
 
 
 def train(trainer: MetaTrainer, last: Path, stop_after: int | None, overrides: Sequence[str]) -> None:

@@ -92,13 +92,7 @@ def fresh_state(parameters: Parameters) -> PruningState:
 
 
 def running_mean(importance: Tensor, state: PruningState, decay: float = DECAY) -> PruningState:
-    """State after another GI: the plain mean of the first, until the exponential one is the slower of the two.
-
-    Raises:
-        ConfigError: the decay is not in [0, 1).
-    """
-    if not 0.0 <= decay < 1.0:
-        raise ConfigError(f"the decay of the running importance is {decay}; allowed is [0, 1): set 0.9")
+    """State after another GI: the plain mean of the first, until the exponential one is the slower of the two."""
     weight = max(1.0 - decay, 1.0 / (int(state.steps) + 1))
     return PruningState(torch.lerp(state.importance, importance, weight), state.steps + 1)
 
@@ -111,6 +105,11 @@ class ComposedRule:
     projection: Projection
     extra_samples: int = 0
     decay: float = DECAY  # of the running GI; 0: the latest replaces the one before
+
+    def __post_init__(self) -> None:
+        """Check the decay."""
+        if not 0.0 <= self.decay < 1.0:
+            raise ConfigError(f"the decay of the running importance is {self.decay}; allowed is [0, 1): set 0.9")
 
     def init(self, parameters: Parameters) -> PruningState:
         """Nothing seen yet."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metaopt.errors import BudgetError
+from metaopt.errors import BudgetError, ConfigError
 from metaopt.policy import PolicyState
 from metaopt.policy.state import state_from_list, state_to_list
 from metaopt.sparsity import PRUNING_RULES, PruningRule, PruningState, Rate
@@ -119,3 +119,9 @@ def test_rules_that_say_so_listen_to_gradients() -> None:
         one, other = (rule.observe(gradient, rule.init(PARAMETERS)) for gradient in (GRADIENTS, GRADIENTS.flip(0)))
         same = rule.rates(table(), NAMES, one, 60_000) == rule.rates(table(), NAMES, other, 60_000)
         assert same == (name in ("uniform", "random")), name
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_is_refused_where_a_rule_is_made(decay: float) -> None:
+    with pytest.raises(ConfigError, match=r"decay of the running importance is .*; allowed is \[0, 1\): set 0.9"):
+        PRUNING_RULES["single_pass"](decay=decay)  # type: ignore[call-arg]

@@ -114,6 +114,10 @@ def a_file_called_taken() -> None:
     Path("taken").write_text("")
 
 
+def a_policy_elsewhere() -> None:
+    Path("start.pt").write_bytes(Path("ckpt.pt").read_bytes())
+
+
 @dataclass(frozen=True)
 class Case:
     command: str
@@ -255,7 +259,13 @@ CASES = {
     # Policies to start with
     "start missing": Case("meta_train", [*TINY_META, "start=none.pt", "out=run"], "no file 'none.pt'"),
     "start of another generator": Case(
-        "meta_train", [*TINY_META, "start=ckpt.pt", "generator=published", "out=run"], "other settings of generator."
+        "meta_train",
+        [*TINY_META, "start=start.pt", "generator=published", "out=run"],
+        "other settings of generator.",
+        a_policy_elsewhere,
+    ),
+    "start overwritten": Case(
+        "meta_train", [*TINY_META, "start=ckpt.pt", "out=run"], "the file that this command writes"
     ),
     "frozen unknown": Case(
         "meta_train",
