@@ -94,6 +94,7 @@ PARTS = {  # of a policy, by how the names of their learned tensors start and en
     "restoration": ("restoration.", ""),
     "gate": ("gate.", ""),
     "prior": ("prior.", ""),
+    "initialization": ("initialization.", ""),
     "gates": ("learned_experts.", (".router.weight", ".router.bias")),
     "experts": ("learned_experts.", EXPERT_TENSORS),
 }

@@ -34,6 +34,9 @@ class MetaTrainConfig:
     update_rate: float | None = None  # share of batches that the learned update gate may open at; None: no gate
     # Images for which the source's statistics count in each BatchNorm layer, at the start; learned. None: for none.
     prior: float | None = DEFAULT_COUNT
+    initialization: bool = True  # whether the norm layers' first values are learned too
+    initialization_lr: float = 3e-3  # peak of its own rate in the meta-optimizer
+    initialization_decay: float = 0.03  # weight of the sum of squares of what it changes
     rates: bool = False  # whether rates of what is kept of each layer are learned too, for any budget
     loss: str = "clean_teacher"
     tempered: bool = True  # whether the clean teacher is compared at the best temperature
@@ -95,15 +98,16 @@ class MetaTrainConfig:
                 "meta.selection_shifts is empty; at least one shift is needed to choose the best epoch on: set "
                 "meta.selection_shifts=[gamma,posterise]"
             )
-        for key in ("lr", "clip_norm"):
+        for key in ("lr", "initialization_lr", "clip_norm"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"meta.{key} is {value}; it must be positive and finite: set for example 0.01")
-        if not (math.isfinite(self.shrinkage) and self.shrinkage >= 0) or not 0 <= self.curriculum <= 1:
-            raise ConfigError(
-                f"meta.shrinkage is {self.shrinkage} and meta.curriculum {self.curriculum}; allowed are 0 or more and "
-                "[0, 1]: set for example 0.02 and 0.5"
-            )
+        for key in ("shrinkage", "initialization_decay"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"meta.{key} is {value}; it must be finite and 0 or more: set for example 0.02")
+        if not 0 <= self.curriculum <= 1:
+            raise ConfigError(f"meta.curriculum is {self.curriculum}; a share lies in [0, 1]: set for example 0.5")
 
     @property
     def total_unrolls(self) -> int:
@@ -123,12 +127,12 @@ class MetaTrainConfig:
         """
         return epoch in (0, self.epochs) or self.steps_at(epoch - 1) == self.steps_at(self.epochs - 1)
 
-    def rate_at(self, epoch: int, unroll: int) -> float:
-        """Rate of the meta-optimizer at an unroll of an epoch (from 0): with "cosine", down to a tenth at the end."""
+    def rate_share(self, epoch: int, unroll: int) -> float:
+        """Share of the rates that is left at an unroll of an epoch (from 0): with "cosine", a tenth at the end."""
         if self.schedule == "constant":
-            return self.lr
+            return 1.0
         done = (epoch * self.unrolls + unroll) / self.total_unrolls
-        return self.lr * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
+        return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives, to compare and to store."""

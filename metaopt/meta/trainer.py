@@ -12,19 +12,28 @@ from metaopt.data.shifts import META, Shift, shift_names
 from metaopt.errors import CheckpointError, DataError
 from metaopt.experts import LearnedExperts, with_experts
 from metaopt.generator import GradientGenerator
-from metaopt.inner_loop import build_backend, learned_tensors, meta_gradient, squares_by_part, unrolled_loss
+from metaopt.inner_loop import build_backend, meta_gradient, squares_by_part, unrolled_loss
 from metaopt.measure import Monitor, curve_figure
 from metaopt.meta.carry import Carried
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.counters import Counters, next_price
 from metaopt.meta.loss import build_meta_loss
+from metaopt.meta.optimizer import MetaOptimizer
 from metaopt.meta.rate_tasks import RateTasks
 from metaopt.meta.selection import held_out_tasks, selection_loss
 from metaopt.meta.tasks import Task, TaskSampler, Window
 from metaopt.meta.warm_start import begin_with, freeze
 from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
-from metaopt.policy import AdaptationPolicy, PolicyState, SourceRecord, layout_of, learned_prior, new_policy
+from metaopt.policy import (
+    AdaptationPolicy,
+    LearnedInitialization,
+    PolicyState,
+    SourceRecord,
+    layout_of,
+    learned_prior,
+    new_policy,
+)
 from metaopt.sparsity import RatesConfig
 from metaopt.types import Parameters
 
@@ -82,6 +91,7 @@ class MetaTrainer:
             restoration=config.restoration,
             gate=config.update_rate is not None,
             prior=learned_prior(self.model, config.prior),
+            initialization=LearnedInitialization.of(model) if config.initialization else None,
             seed=config.seed,
         ).to(images.device, next(iter(self.parameters.values())).dtype)
         assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)
@@ -92,7 +102,7 @@ class MetaTrainer:
         freeze(self.policy, config.frozen)
         self.rule = self.policy.rule
         self.apply = build_backend(config.backend, self.rule)
-        self.optimizer = torch.optim.Adam(learned_tensors(self.policy).values(), lr=config.lr)
+        self.optimizer = MetaOptimizer(self.policy, config)
         self.randomness = generator_for("meta-training", config.seed)
         self.counters = Counters()
         self.best = self._weights()
@@ -151,7 +161,7 @@ class MetaTrainer:
             "source": self.policy.source.sha256 if self.policy.source else "",
             "shifts": [shift.name for shift in self.sampler.shifts],
             "weights": self._weights(),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
             "randomness": self.randomness.get_state(),
             "counters": {**vars(self.counters), "selection": list(self.counters.selection)},
             "best": dict(self.best),
@@ -189,8 +199,7 @@ class MetaTrainer:
         """Take over copies of a state's parts; an error may leave some of them taken."""
         self.policy.load_state_dict(values["best"])  # only to see whether they fit
         self.policy.load_state_dict(values["weights"])
-        # The optimizer keeps the very tensors that it is given, and changes them in place.
-        self.optimizer.load_state_dict(copy.deepcopy(values["optimizer"]))
+        self.optimizer.load_state_dict(values["optimizer"])
         self.randomness.set_state(values["randomness"])
         self.counters = Counters(**{**values["counters"], "selection": list(values["counters"]["selection"])})
         self.best = {name: tensor.clone() for name, tensor in values["best"].items()}
@@ -253,22 +262,12 @@ class MetaTrainer:
 
     def _update(self, loss: Tensor, gradients: dict[str, Tensor], steps: int) -> None:
         """One step of the meta-optimizer, unless the loss or a gradient is not finite."""
-        counters, tensors = self.counters, learned_tensors(self.policy)
+        counters = self.counters
         counters.updates += 1
-        for name, tensor in tensors.items():
-            tensor.grad = gradients[name].to(tensor)
         for part, square in squares_by_part(gradients).items():
             self.monitor.scalar(f"meta/grad_norm/{part}", square.sqrt(), counters.updates)
-        penalty = self.config.shrinkage * self.rule.penalty()
-        if penalty.requires_grad:
-            penalty.backward()
-        norm = torch.nn.utils.clip_grad_norm_(tensors.values(), self.config.clip_norm)
-        if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
-            self.optimizer.param_groups[0]["lr"] = self.config.rate_at(counters.epoch, counters.unroll)
-            self.optimizer.step()
-        else:
-            counters.skipped += 1
-        self.optimizer.zero_grad()
+        norm, taken = self.optimizer.step(loss, gradients, self.config.rate_share(counters.epoch, counters.unroll))
+        counters.skipped += not taken
         self.monitor.scalar("meta/loss", loss, counters.updates)
         self.monitor.scalar(f"meta/loss_{self.config.loss}", loss, counters.updates)
         self.monitor.scalar("meta/grad_norm", norm, counters.updates)

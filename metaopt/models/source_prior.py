@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from metaopt.errors import ModelError
+from metaopt.models.moments import channel_moments
 
 
 def prior_layers(module: nn.Module) -> list[str]:
@@ -85,29 +86,14 @@ def _normalised(
     eps: float = 1e-5,
 ) -> Tensor:
     """F.batch_norm by the mixture; arguments are its own."""
-    mean, variance = _statistics(input, running_mean)
+    mean, variance = channel_moments(input, running_mean)
     share = input.shape[0] / (input.shape[0] + count.to(mean))
     mixed = torch.lerp(running_var, variance, share)
+    if not torch.is_grad_enabled():  # nothing to take back: one pass less, for the statistics are known
+        centre = torch.lerp(running_mean, mean, share)
+        return functional.batch_norm(input, centre, mixed, weight, bias, False, momentum, eps)
     scale = ((variance + eps) / (mixed + eps)).sqrt()
     shift = (mean - torch.lerp(running_mean, mean, share)) * (mixed + eps).rsqrt()
     if weight is not None:
         scale, shift = weight * scale, weight * shift
     return functional.batch_norm(input, None, None, scale, shift if bias is None else bias + shift, True, momentum, eps)
-
-
-@torch.no_grad()
-def _statistics(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, (C,)."""
-    if x.device.type in ("cpu", "cuda"):
-        # The kernel that batch normalisation itself has for them: one pass, no temporary.
-        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return mean.to(near), variance.to(near)
-    return moments_about(x, near)
-
-
-def moments_about(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, (C,), on any device; about ``near``, for large squares lose digits."""
-    dims = [0, *range(2, x.ndim)]
-    away = x - near.view(-1, *[1] * (x.ndim - 2))
-    offset = away.mean(dims)
-    return near + offset, away.square_().mean(dims) - offset.square()

@@ -82,9 +82,9 @@ class OnlineAdapter:
 
     def reset(self) -> None:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
-        own = self.layout.take(self.model)
-        self.parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in own.items()}
         with torch.no_grad():
+            own = self.policy.start(self.layout.take(self.model))
+            self.parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in own.items()}
             self.state = copied_state(self.policy.init(self.parameters))
         self.steps = 0
         self.guard.events.clear()

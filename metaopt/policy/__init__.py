@@ -7,6 +7,7 @@ from metaopt.policy.checkpoint import load_policy as load_policy
 from metaopt.policy.checkpoint import policy_from_dict as policy_from_dict
 from metaopt.policy.checkpoint import policy_to_dict as policy_to_dict
 from metaopt.policy.checkpoint import save_policy as save_policy
+from metaopt.policy.initialization import LearnedInitialization as LearnedInitialization
 from metaopt.policy.methods import MethodConfig as MethodConfig
 from metaopt.policy.methods import build_method as build_method
 from metaopt.policy.methods import new_policy as new_policy

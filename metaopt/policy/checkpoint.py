@@ -16,6 +16,7 @@ from metaopt.models import ModelSpec, SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.parameters import ParameterLayout, adapted_layout
 from metaopt.policy.gate import LearnedGate
+from metaopt.policy.initialization import LearnedInitialization
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.prior import LearnedPrior
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
@@ -59,6 +60,7 @@ def policy_to_dict(policy: AdaptationPolicy) -> dict[str, Any]:
         "experts": None if experts is None else experts.to_dict(),
         "teacher": None if teacher is None else teacher.to_dict(),
         "prior": list(policy.prior.layers) if isinstance(policy.prior, LearnedPrior) else None,
+        "initialization": None if policy.initialization is None else policy.initialization.sizes,
         "adapts": None if policy.adapts == "norm" else policy.adapts,
     }
     return {
@@ -119,6 +121,7 @@ def _build(values: Mapping[str, Any]) -> AdaptationPolicy:
         restoration=SourceRestoration(RestorationConfig(**values["restoration"])) if "restoration" in values else None,
         gate=LearnedGate(**values["gate"]) if "gate" in values else None,
         prior=LearnedPrior(values["prior"]) if "prior" in values else None,
+        initialization=LearnedInitialization(values["initialization"]) if "initialization" in values else None,
         adapts=values.get("adapts", "norm"),
         learned_experts=LearnedExperts.from_dict(values["experts"]) if "experts" in values else None,
         teacher=TeacherConfig.from_dict(values["teacher"]) if "teacher" in values else None,

@@ -13,6 +13,7 @@ from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerato
 from metaopt.objectives import OBJECTIVE_TERMS, WeightedObjective
 from metaopt.policy.adapts import ADAPTS
 from metaopt.policy.gate import Gate, LearnedGate, PeriodicGate
+from metaopt.policy.initialization import LearnedInitialization
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.prior import FixedPrior, LearnedPrior, Prior
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
@@ -54,6 +55,7 @@ class MethodConfig:
     restoration: bool = False
     update_every: int | None = None
     prior: float | None = None
+    initialization: bool = False
 
     def __post_init__(self) -> None:
         """Check each choice and what they need of one another."""
@@ -112,7 +114,12 @@ def build_method(
             a teacher.
     """
     if config.update == "none":
-        return AdaptationPolicy(config.name, batch_statistics=config.batch_statistics, prior=_prior(config, None))
+        return AdaptationPolicy(
+            config.name,
+            batch_statistics=config.batch_statistics,
+            prior=_prior(config, None),
+            initialization=_initialization(config, policy),
+        )
     if policy is not None and policy.statistics is not None:
         statistics = policy.statistics
     objective = _objective(config, policy)
@@ -134,6 +141,7 @@ def build_method(
         **_adapted(config, policy),
         restoration=_restoration(config, policy),
         gate=_gate(config, policy),
+        initialization=_initialization(config, policy),
     )
     if policy is not None:
         method.source, method.training = policy.source, policy.training
@@ -205,6 +213,17 @@ def _prior(config: MethodConfig, policy: AdaptationPolicy | None) -> Prior | Non
     return policy.prior if policy is not None and config.update == "generator" else None
 
 
+def _initialization(config: MethodConfig, policy: AdaptationPolicy | None) -> LearnedInitialization | None:
+    if not config.initialization:
+        return None
+    if policy is None:
+        raise ConfigError(
+            f"method {config.name!r} has initialization=true and no policy, which learns it; allowed without one is "
+            "false: set method.initialization=false, or give a policy"
+        )
+    return policy.initialization  # a policy that was trained without one starts at the source
+
+
 def _gate(config: MethodConfig, policy: AdaptationPolicy | None) -> Gate | None:
     if config.update_every is not None:
         return PeriodicGate(config.update_every)
@@ -224,12 +243,13 @@ def new_policy(
     restoration: RestorationConfig | None = None,
     gate: bool = False,
     prior: LearnedPrior | None = None,
+    initialization: LearnedInitialization | None = None,
     seed: int = 0,
 ) -> AdaptationPolicy:
     """A policy before meta-training: a fresh generator, drawn from ``seed``, and the objective's first weights.
 
     ``rates``: also fresh learned rates; ``restoration``: also one that starts there; ``gate``: also an update gate;
-    ``experts``: also these, which adapt beside the norm layers; ``prior``: also this one.
+    ``experts``: also these, which adapt beside the norm layers; ``prior``, ``initialization``: also this one.
 
     Terms of weight 0 are left out.
     """
@@ -249,6 +269,7 @@ def new_policy(
         teacher=teacher,
         restoration=None if restoration is None else SourceRestoration(restoration),
         gate=LearnedGate() if gate else None,
-        # The objective can be had cheaply by other statistics: where it is the judge too, they stay as they are.
+        # The objective can be had cheaply by other statistics, or another start: where it is the judge, they stay.
         prior=None if prior is None else prior.requires_grad_(learned_objective),
+        initialization=initialization if learned_objective else None,
     )

@@ -39,6 +39,7 @@ from metaopt.objectives import WeightedObjective, augmented_view
 from metaopt.parameters import ParameterLayout, own_values
 from metaopt.policy.adapts import layout_of
 from metaopt.policy.gate import Gate, LearnedGate, init_gate
+from metaopt.policy.initialization import LearnedInitialization
 from metaopt.policy.prior import Prior
 from metaopt.policy.restoration import SourceRestoration
 from metaopt.policy.shift import init_reference
@@ -73,6 +74,7 @@ class AdaptationPolicy(nn.Module):
         predict_with: whose logits a step hands back, "student" or "teacher".
         restoration: how much of the source comes back before each batch; None: nothing ever does.
         gate: whether a batch is worth an update; None: every one is.
+        initialization: where the norm layers start; None: at the source's values.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class AdaptationPolicy(nn.Module):
         predict_with: str = "student",
         restoration: SourceRestoration | None = None,
         gate: Gate | None = None,
+        initialization: LearnedInitialization | None = None,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
@@ -114,6 +117,7 @@ class AdaptationPolicy(nn.Module):
         self.predict_with = predict_with
         self.restoration = restoration
         self.gate = gate
+        self.initialization = initialization
         self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
         self.training: dict[str, Any] = {}  # how it was meta-trained: primitives, for reports
 
@@ -157,9 +161,10 @@ class AdaptationPolicy(nn.Module):
         return layout_of(self.adapts, model)
 
     def start(self, parameters: Parameters) -> Parameters:
-        """The adapted tensors before the first batch: the given ones, but experts from their learned first values."""
+        """The adapted tensors before the first batch: the given ones, or where learned, other first values."""
         initial = {} if self.learned_experts is None else self.learned_experts.initial()
-        return {name: initial.get(name, tensor) for name, tensor in parameters.items()}
+        started = {name: initial.get(name, tensor) for name, tensor in parameters.items()}
+        return started if self.initialization is None else self.initialization(started)
 
     def initial(self, model: nn.Module, parameters: Parameters) -> Parameters:
         """Values of the adapted tensors before the first batch, which adaptation never changes."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaopt.models.moments import channel_moments
 from metaopt.parameters import norm_kind
 
 WINDOW = 2000.0  # images; an older past fades, so that the reference follows a slow drift
@@ -76,8 +77,9 @@ def image_statistics(model: nn.Module, layer: str, images: Tensor) -> Tensor:
 def _summary(x: Tensor, channels_first: bool) -> Tensor:
     """Mean and log standard deviation over the positions of each image, (B, 2C)."""
     x = x.reshape(len(x), x.shape[1], -1) if channels_first else x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)
-    variance, mean = torch.var_mean(x, dim=2, correction=0)
-    return torch.cat([mean, 0.5 * (variance + EPS).log()], dim=1)
+    # Each channel of each image for itself: as channels of one image that has them all.
+    mean, variance = channel_moments(x.reshape(1, -1, x.shape[2]))
+    return torch.cat([mean.view(len(x), -1), 0.5 * (variance.view(len(x), -1) + EPS).log()], dim=1)
 
 
 def distance(reference: ShiftReference, x: Tensor) -> Tensor:

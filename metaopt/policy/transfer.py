@@ -54,6 +54,11 @@ def transferred(
         layers = prior_layers(model.module)
         found.prior = policy.prior.on(layers) if layers else None
         notes.append(f"source prior: {len(layers)} BatchNorm layers by depth")
+    if policy.initialization is not None:
+        found.initialization = None
+        notes.append(
+            "initialization: left out, it belongs to the other model's tensors; they start at the source's values"
+        )
     if policy.learned_experts is not None:
         found.learned_experts, found.experts, found.adapts = None, None, "norm"
         notes.append("experts: left out, they belong to the other model's blocks")

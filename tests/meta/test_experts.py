@@ -78,7 +78,12 @@ def test_the_file_holds_experts_and_deploys_by_itself(tmp_path: Path) -> None:
     assert set(learned_tensors(loaded)) == set(learned_tensors(policy))
     assert loaded.source is not None and any(name.startswith("experts.") for name in loaded.source.layout.names)
     section = MethodConfig(
-        "policy", update="generator", objective_from_policy=True, pruning="learned", restoration=True
+        "policy",
+        update="generator",
+        objective_from_policy=True,
+        pruning="learned",
+        restoration=True,
+        initialization=True,
     )
     first, second = OnlineAdapter(source(), policy), OnlineAdapter(source(), build_method(section, policy=loaded))
     for seed in range(3):

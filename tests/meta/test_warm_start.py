@@ -15,7 +15,7 @@ from metaopt.policy import AdaptationPolicy
 from ..tiny import random_images, tiny_config, tiny_model
 
 IMAGES = random_images(32, 3)
-FROZEN = ("generator", "objective", "restoration", "prior")
+FROZEN = ("generator", "objective", "restoration", "prior", "initialization")
 
 
 def trained(**changes: Any) -> AdaptationPolicy:
@@ -53,7 +53,7 @@ def test_without_frozen_parts_training_goes_on_from_the_start() -> None:
     assert all(torch.equal(begun[name], tensor) for name, tensor in start.state_dict().items()), "start is only read"
 
 
-@pytest.mark.parametrize("part", ["generator", "objective", "restoration", "prior"])
+@pytest.mark.parametrize("part", FROZEN)
 def test_one_frozen_part_stays_and_the_others_move(part: str) -> None:
     trainer = trainer_with(frozen=(part,))
     before = weights_of(trainer.policy)
@@ -75,9 +75,12 @@ def test_every_learned_tensor_belongs_to_one_part() -> None:
 @pytest.mark.parametrize(
     ("frozen", "message"),
     [
-        (("gate",), r"meta.frozen names 'gate'; allowed are .*generator, objective, restoration, prior: choose"),
+        (
+            ("gate",),
+            r"meta.frozen names 'gate'; allowed are .*generator, objective, restoration, prior, initialization: choose",
+        ),
         (("nothing",), r"meta.frozen names 'nothing'; allowed are"),
-        (FROZEN, r"meta.frozen=\[generator,objective,restoration,prior\] leaves nothing to learn"),
+        (FROZEN, r"meta.frozen=\[generator,objective,restoration,prior,initialization\] leaves nothing to learn"),
     ],
 )
 def test_frozen_parts_are_checked(frozen: tuple[str, ...], message: str) -> None:

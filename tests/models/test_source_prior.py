@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from metaopt.errors import ModelError
 from metaopt.models import SourceModel, SourcePrior, prior_layers
-from metaopt.models.source_prior import moments_about
+from metaopt.models.moments import moments_about
 from metaopt.sparsity import SavedActivations
 
 from ..inner_loop.cases import images, tiny_resnet, tiny_vit
@@ -109,6 +109,15 @@ def test_statistics_about_a_large_mean_keep_their_digits() -> None:
     layer.double()
     with SourcePrior(layer, torch.tensor(16.0, dtype=torch.float64)):
         torch.testing.assert_close(found.double(), layer(x.double()), rtol=0, atol=1e-3)
+
+
+def test_without_a_graph_it_predicts_the_same() -> None:
+    model, batch = with_statistics(tiny_resnet()), images(0)
+    for count in (0.0, 3.0, 1e6):
+        expected = model(batch, batch_statistics=True, prior=torch.tensor(count)).logits.detach()
+        with torch.no_grad():
+            found = model(batch, batch_statistics=True, prior=torch.tensor(count)).logits
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_devices_without_that_kernel_have_the_same_statistics() -> None:

@@ -120,7 +120,8 @@ def test_methods_take_a_number_or_the_policys_own() -> None:
     assert isinstance(fixed, FixedPrior) and float(fixed()) == 16.0
     batch = random_images(8)
     found = OnlineAdapter(tiny_model(), build_method(MethodConfig("bn", prior=16.0)))(batch)
-    assert torch.equal(found, tiny_model()(batch, batch_statistics=True, prior=torch.tensor(16.0)).logits)
+    with torch.no_grad():
+        assert torch.equal(found, tiny_model()(batch, batch_statistics=True, prior=torch.tensor(16.0)).logits)
 
 
 def test_bad_numbers_are_refused() -> None:
