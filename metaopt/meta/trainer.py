@@ -17,6 +17,7 @@ from metaopt.measure import Monitor, curve_figure
 from metaopt.meta.carry import Carried
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.counters import Counters, next_price
+from metaopt.meta.gate_share import asked_share
 from metaopt.meta.loss import build_meta_loss
 from metaopt.meta.optimizer import MetaOptimizer
 from metaopt.meta.rate_tasks import RateTasks
@@ -284,11 +285,12 @@ class MetaTrainer:
     def _select(self) -> None:
         """Score the weights on held-out tasks, without labels, and keep the best."""
         counters = self.counters
-        loss = selection_loss(self, self.selection)
+        with asked_share(self):
+            loss, weights = selection_loss(self, self.selection), self._weights()
         counters.selection.append(loss)
         self.monitor.scalar("meta/selection_loss", loss, counters.updates)
         if not self.config.select_best or loss < counters.best_loss:
-            counters.best_loss, counters.best_epoch, self.best = loss, counters.epoch, self._weights()
+            counters.best_loss, counters.best_epoch, self.best = loss, counters.epoch, weights
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}

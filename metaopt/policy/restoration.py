@@ -5,11 +5,11 @@ Adaptation that runs on through one shift after another drifts and collapses. So
 .. math:: \theta \leftarrow \theta + \rho\,(\theta_S - \theta), \qquad
     \rho = \rho_0 + (\rho_1 - \rho_0)\, \mathrm{sigmoid}\big((\log D - \log \tau) / w\big)
 
-with the source's parameters :math:`\theta_S` and the batch's distance D from those before it
-(:mod:`metaopt.policy.shift`). :math:`\rho_0` is a steady pull to the source, like the weight ensembling of ROID (WACV
-2024). At D above :math:`\tau` another domain has begun, and the share :math:`\rho_1` of the source comes back: Niloy et
-al. (WACV 2024) restore all of it, but some of what one shift taught serves the next. What the rules remember then
-starts anew. All four numbers are learned, on tasks that begin where another task ended.
+with the parameters :math:`\theta_S` that it started with (the source's, or a learned initialization) and the batch's
+distance D from those before it (:mod:`metaopt.policy.shift`). :math:`\rho_0` is a steady pull to the source, like the
+weight ensembling of ROID (WACV 2024). At D above :math:`\tau` another domain has begun, and the share :math:`\rho_1` of
+the source comes back: Niloy et al. (WACV 2024) restore all of it, but some of what one shift taught serves the next.
+What the rules remember then starts anew. All four numbers are learned, on tasks that begin where another task ended.
 """
 
 import math

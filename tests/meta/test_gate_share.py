@@ -1,0 +1,88 @@
+"""The share of batches that a learned gate opens at: what it sees, what it decides, and the bias that gives the share."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from metaopt.inner_loop import deployed
+from metaopt.meta import MetaTrainer
+from metaopt.meta.gate_share import Signals, asked_share, gate_signals, set_share, share_opened
+from metaopt.meta.loss import CleanTeacher
+from metaopt.policy.gate import LearnedGate
+
+from ..tiny import random_images, tiny_config, tiny_model
+
+IMAGES = random_images(32, 3)
+
+
+def trainer_with(**changes: Any) -> MetaTrainer:
+    values = {"update_rate": 0.4, "steps": 5, "selection_tasks": 3, "epochs": 1, "carry": 0.0, **changes}
+    trainer = MetaTrainer(tiny_model(), IMAGES, None, tiny_config(**values))
+    gate = trainer.policy.gate
+    if isinstance(gate, LearnedGate):
+        gate.weights.data = torch.tensor([0.3, -0.9, 0.8, 0.0])
+    return trainer
+
+
+def gate_of(trainer: MetaTrainer) -> LearnedGate:
+    assert isinstance(trainer.policy.gate, LearnedGate)
+    return trainer.policy.gate
+
+
+def signals_of(trainer: MetaTrainer) -> list[Signals]:
+    return gate_signals(trainer.policy, trainer.model, trainer.parameters, trainer.selection)
+
+
+@pytest.mark.parametrize("bias", [-0.5, 0.3, 1.5])
+def test_replayed_decisions_are_those_of_deployment(bias: float) -> None:
+    trainer = trainer_with(restoration=None)  # a restoration might begin a task anew
+    gate = gate_of(trainer)
+    gate.bias.data.fill_(bias)
+    signals = signals_of(trainer)
+    assert [int(each.age) for each in signals] == [0, 1, 2, 3, 4, 5] * 3
+    updates = 0
+    for task in trainer.selection:
+        with torch.no_grad():
+            state = trainer.policy.init(trainer.parameters)
+        run = deployed(trainer.policy, trainer.model, trainer.parameters, state, task, CleanTeacher())
+        updates += run.updates
+    # Deployment's last batch of a task is only predicted on, so that the gate never opens there.
+    replayed = [signals[start + place] for start in (0, 6, 12) for place in range(5)]
+    assert updates == round(share_opened(gate, replayed) * len(replayed))
+    assert 0 < updates < len(replayed) or bias != 0.3
+
+
+def test_the_bias_gives_the_largest_share_that_is_allowed() -> None:
+    trainer = trainer_with()
+    gate, signals = gate_of(trainer), signals_of(trainer)
+    for share in (0.1, 0.4, 0.75):
+        set_share(gate, signals, share)
+        assert share - 0.2 < share_opened(gate, signals) <= share < share_opened(gate, signals, 0.01)
+    gate.bias.data.fill_(40.0)
+    set_share(gate, signals, 0.4)
+    assert 0.2 < share_opened(gate, signals) <= 0.4
+
+
+def test_training_keeps_its_own_bias_and_what_is_kept_has_the_share() -> None:
+    trainer = trainer_with()
+    gate = gate_of(trainer)
+    gate.bias.data.fill_(5.0)
+    with asked_share(trainer):
+        assert 0.2 < share_opened(gate, signals_of(trainer)) <= 0.4
+    assert float(gate.bias.detach()) == 5.0
+    trainer.run()
+    policy = trainer.best_policy()
+    assert isinstance(policy.gate, LearnedGate)
+    signals = gate_signals(policy, trainer.model, trainer.parameters, trainer.selection)
+    assert 0.2 < share_opened(policy.gate, signals) <= 0.4
+
+
+def test_a_frozen_gate_and_a_policy_without_one_are_left_alone() -> None:
+    frozen = trainer_with(frozen=("gate",))
+    gate_of(frozen).bias.data.fill_(5.0)
+    with asked_share(frozen):
+        assert float(gate_of(frozen).bias.detach()) == 5.0
+    without = trainer_with(update_rate=None)
+    with asked_share(without):
+        assert without.policy.gate is None
