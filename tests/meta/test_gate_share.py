@@ -1,4 +1,4 @@
-"""The share of batches that a learned gate opens at: what it sees, what it decides, and the bias that gives the share."""
+"""The share of batches that a learned gate opens at: what it sees, what it decides, and the bias that gives it."""
 
 from typing import Any
 
