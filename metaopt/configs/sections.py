@@ -143,7 +143,7 @@ class MethodSection:
     @property
     def needs_policy(self) -> bool:
         """Whether the method cannot run without a meta-trained policy."""
-        return self.update == "generator"
+        return self.update == "generator" or self.initialization
 
 
 @dataclass

@@ -1,9 +1,12 @@
 """The learned initialization: what it changes, its meta-gradient, its file, and who may start there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from metaopt.configs.sections import MethodSection
 from metaopt.errors import ConfigError
 from metaopt.inner_loop import UnrollConfig, learned_tensors, meta_gradient, unrolled_loss
 from metaopt.inner_loop.func import gradients_of
@@ -219,3 +222,8 @@ def test_without_an_offset_it_is_the_source() -> None:
 def test_settings_are_checked(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_config(**changes)
+
+
+def test_a_section_that_starts_there_asks_for_a_policy() -> None:
+    section = MethodSection("tent", update="adam", objective={"entropy": 1.0})
+    assert not section.needs_policy and replace(section, initialization=True).needs_policy
