@@ -82,7 +82,8 @@ def _check_data(data: DataSection) -> None:
 
 def _check_policy(method: MethodSection, given: bool) -> None:
     if method.needs_policy:
-        _needs(given, "policy_path", f"method {method.name} runs a meta-trained policy", "add --policy PATH")
+        fix = "add --policy PATH" if method.name == "policy" else "add policy_path=PATH"  # --policy sets the method too
+        _needs(given, "policy_path", f"method {method.name} needs a meta-trained policy", fix)
 
 
 @dataclass
