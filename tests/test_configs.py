@@ -182,7 +182,7 @@ def test_settings_are_not_added_or_removed(argument: str) -> None:
         ("data.severities=[]", "set data.severities=[5]"),
         ("method.lr=-1", "method.lr=-1.0 is out of range"),
         ("method.lr=nan", "method.lr=nan is out of range"),
-        ("method.objective.slr=1", "choose it: add method=adam"),
+        ("method.betas=[0.9,0.99]", "choose it: add method=cotta"),
         ("source=x.npy", "source holds source.images"),
         ("seed", "settings are written key=value"),
         ("--multirun", "allowed are --policy, --help and key=value"),

@@ -199,7 +199,7 @@ def assemble_method(
 
 
 def _needs_statistics(section: MethodSection, policy: AdaptationPolicy | None) -> bool:
-    own = policy is None or not (section.objective_from_policy or not section.objective)
+    own = policy is None or not (section.objective_from_policy or not any(section.objective.values()))
     if section.update == "none" or not own or (policy is not None and policy.statistics is not None):
         return False
     return any(get_term(name).needs_features for name, weight in section.objective.items() if weight != 0)

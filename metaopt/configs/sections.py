@@ -102,7 +102,7 @@ class MethodSection:
     batch_statistics: bool = False  # BatchNorm normalises by the batch
     update: str = "none"
     lr: float | None = None  # None: the policy's own
-    objective: dict[str, float] = field(default_factory=dict)  # weight of each term; empty: the policy's own
+    objective: dict[str, float] = field(default_factory=dict)  # weight of each term; none above 0: the policy's own
     objective_from_policy: bool = False  # with policy_path, take its objective with the learned weights
     pruning: str = "rate_distortion"  # the rule of memory=pruned
     restoration: bool = False  # bring the source back where the stream shifts

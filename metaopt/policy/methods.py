@@ -30,9 +30,10 @@ class MethodConfig:
     """One way of adapting online.
 
     ``lr`` None means the policy's own base rate for ``update="generator"``, and the rule's default otherwise.
-    ``objective`` empty means the policy's own, with its learned weights. ``pruning`` is the rule that chooses what is
-    kept of each layer's activations where memory is pruned. ``betas`` are Adam's; None: its default. ``adapts`` says
-    which tensors change, and ``predict_with`` whose logits count. ``experts`` and ``teacher`` None: there are none.
+    ``objective`` without a weight above 0 means the policy's own, with its learned weights. ``pruning`` is the rule
+    that chooses what is kept of each layer's activations where memory is pruned. ``betas`` are Adam's; None: its
+    default. ``adapts`` says which tensors change, and ``predict_with`` whose logits count. ``experts`` and ``teacher``
+    None: there are none.
     ``restoration`` brings the source back where the stream shifts: as the policy learned to, and without one that did,
     as ``RestorationConfig`` begins. ``update_every`` is the number of a domain's batches from one update to the next;
     None: the policy's gate decides where it has learned one, else every batch updates. ``prior`` is the number of
@@ -160,7 +161,8 @@ def _adapted(config: MethodConfig, policy: AdaptationPolicy | None) -> dict[str,
 
 
 def _objective(config: MethodConfig, policy: AdaptationPolicy | None) -> WeightedObjective:
-    if policy is not None and policy.objective is not None and (config.objective_from_policy or not config.objective):
+    learned = config.objective_from_policy or not any(config.objective.values())
+    if policy is not None and policy.objective is not None and learned:
         return policy.objective
     weights = {name: weight for name, weight in config.objective.items() if weight != 0}
     if not weights:

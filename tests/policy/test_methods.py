@@ -145,6 +145,8 @@ def test_an_objective_given_wins_over_the_policys_unless_asked() -> None:
     objective = build_method(own, policy=policy).objective
     assert objective is not None and list(objective.weights()) == ["entropy", "discrepancy"]
     assert build_method(MethodConfig("adam", update="adam"), policy=policy).objective is policy.objective
+    none = MethodConfig("policy", update="generator", objective={"entropy": 0.0, "slr": 0.0})
+    assert build_method(none, policy=policy).objective is policy.objective
 
 
 def test_refusals_say_what_to_do() -> None:
