@@ -24,7 +24,8 @@ TEST = "test"  # the fifteen of the benchmark: never seen in meta-training or se
 META = "meta"  # the held-out four, for meta-training
 SELECTION = "selection"  # outside the nineteen, to choose between policies
 REPORT = "report"  # outside the nineteen, to report on what nobody chose by
-EXTRA = "extra"  # outside the nineteen, to widen the tasks of meta-training
+WIDE = "wide"  # outside the nineteen, for meta-training beside the held-out four
+EXTRA = "extra"  # outside the nineteen, what may lie on top of a task's shift
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def register_shift(name: str, function: ShiftFunction, *, family: str) -> Shift:
     Args:
         name: how configurations call it.
         function: ``f(images, strength, generator) -> images``.
-        family: any word; the built-in ones are "test", "meta", "selection", "report" and "extra".
+        family: any word; the built-in ones are "test", "meta", "wide", "selection", "report" and
+            "extra".
 
     Raises:
         DataError: the name is taken by another function.
@@ -126,6 +128,7 @@ _BUILT_IN: dict[str, tuple[ShiftFunction, ...]] = {
     META: corruptions.META_CORRUPTIONS,
     SELECTION: (corruptions.gamma, corruptions.posterise),
     REPORT: (corruptions.hue, corruptions.channel_gain),
+    WIDE: (corruptions.random_convolution, corruptions.coloured_noise),
     EXTRA: (corruptions.occlusion,),
 }
 for _family, _functions in _BUILT_IN.items():

@@ -30,7 +30,8 @@ def meta_train(
             tensors are frozen, not changed.
         images: clean unlabeled images of the source domain, (n, 3, H, W) in [0, 1]; 128 are enough.
         shifts: what deployment may bring: names from ``metaopt.shift_names()``, or shifts of one's own from
-            ``metaopt.register_shift``; None: speckle noise, gaussian blur, spatter and saturate.
+            ``metaopt.register_shift``; None: speckle noise, gaussian blur, spatter, saturate, random
+            convolution and coloured noise.
         config: settings; None: the defaults.
         start: policy of this model whose learned parts this one begins with; None: as published.
         quiet: show no progress bar.

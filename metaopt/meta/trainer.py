@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt.data.seeding import generator_for
-from metaopt.data.shifts import META, Shift, shift_names
+from metaopt.data.shifts import META, WIDE, Shift, shift_names
 from metaopt.errors import CheckpointError, DataError
 from metaopt.experts import LearnedExperts, with_experts
 from metaopt.generator import GradientGenerator
@@ -45,7 +45,8 @@ class MetaTrainer:
     Args:
         model: source model; its tensors are frozen.
         images: clean unlabeled images, (n, 3, H, W) in [0, 1]; they also give the source statistics.
-        shifts: what to adapt to in training: registered names or shifts; None: the four of the ``meta`` family.
+        shifts: what to adapt to in training: registered names or shifts; None: those of the ``meta`` and
+            ``wide`` families.
         config: settings.
         monitor: where curves go; None: nowhere.
         start: policy of this model whose learned parts this one begins with; None: as published.
@@ -70,7 +71,7 @@ class MetaTrainer:
         self.source, self.images = model.requires_grad_(False), images
         self.monitor = monitor or Monitor(None)
         self.meta_loss = build_meta_loss(config.loss, config.tempered)
-        shifts = shift_names(META) if shifts is None else shifts
+        shifts = (*shift_names(META), *shift_names(WIDE)) if shifts is None else shifts
         teacher = None if self.meta_loss.own_objective else self.teach  # where nobody asks, it need not predict
         self.sampler = TaskSampler(images, shifts, config.tasks, teacher)
         self.selection = held_out_tasks(self, config.selection_shifts, config.selection_tasks, config.steps)

@@ -20,7 +20,8 @@ def test_families_hold_what_the_protocol_says():
         *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
     )
     assert set(shift_names("meta")) == {"speckle_noise", "gaussian_blur", "spatter", "saturate"}
-    families = [set(shift_names(name)) for name in ("test", "meta", "selection", "report", "extra")]
+    assert set(shift_names("wide")) == {"random_convolution", "coloured_noise"}
+    families = [set(shift_names(name)) for name in ("test", "meta", "wide", "selection", "report", "extra")]
     assert sum(map(len, families)) == len(set.union(*families)) == len(shift_names())
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaopt.data.shifts import META, REPORT, SELECTION, TEST, Shift, shift_names
+from metaopt.data.shifts import META, REPORT, SELECTION, TEST, WIDE, Shift, shift_names
 from metaopt.errors import ConfigError, DataError
 from metaopt.inner_loop import MetaBatch
 from metaopt.meta import MetaTrainer, Task, TaskConfig, TaskSampler, held_out_tasks
@@ -76,7 +76,7 @@ def test_training_tasks_never_hold_the_shifts_of_benchmark_selection_and_report(
     met: Counter[str] = Counter()
     for _ in range(500):
         met.update(shift.name for shift, _ in trainer.sampler.sample(2, randomness).shifts)
-    assert set(met) == {*shift_names(META), "occlusion"}
+    assert set(met) == {*shift_names(META), *shift_names(WIDE), "occlusion"}
     assert min(met.values()) > 50
     for family in (TEST, SELECTION, REPORT):
         assert not set(met) & set(shift_names(family))

@@ -1,6 +1,6 @@
 """Corruptions: batched functions ``f(images, severity, generator)`` on float images in [0, 1].
 
-The fifteen of CIFAR-10-C in their usual order, its held-out four, and a few of our own outside both.
+The fifteen of CIFAR-10-C in their usual order, its held-out four, and a few more outside both.
 """
 
 from metaopt.data.corruptions.blur import defocus_blur as defocus_blur
@@ -24,6 +24,8 @@ from metaopt.data.corruptions.procedural import hue as hue
 from metaopt.data.corruptions.procedural import occlusion as occlusion
 from metaopt.data.corruptions.procedural import posterise as posterise
 from metaopt.data.corruptions.spatter import spatter as spatter
+from metaopt.data.corruptions.texture import coloured_noise as coloured_noise
+from metaopt.data.corruptions.texture import random_convolution as random_convolution
 from metaopt.data.corruptions.weather import fog as fog
 from metaopt.data.corruptions.weather import frost as frost
 from metaopt.data.corruptions.weather import snow as snow

@@ -154,6 +154,29 @@ def test_occlusion_covers_a_share_of_the_image_that_grows_with_strength():
     assert covered[1].item() == pytest.approx(0.45, abs=0.05)
 
 
+def test_random_convolution_is_scipys_with_the_mean_and_the_spread_of_the_image():
+    images = to_float(noisy_images(2, 12, 16))
+    shifted = to_bytes(corruptions.random_convolution(images, 3.0, generator_for("kernels")))
+    kernels = torch.randn(6, 1, 5, 5, generator=generator_for("kernels")).numpy()
+    for image, ours, kernel in zip(images.flatten(0, 1), shifted.flatten(0, 1), kernels, strict=True):
+        values = image.double().numpy()
+        filtered = ndimage.correlate(values, kernel[0].astype(float), mode="nearest")
+        filtered = (filtered - filtered.mean()) / filtered.std() * values.std() + values.mean()
+        expected = np.clip(0.52 * values + 0.48 * filtered, 0, 1) * 255  # 0.8 of 3/5
+        np.testing.assert_allclose(ours.numpy(), expected, atol=1.01)
+
+
+def test_coloured_noise_has_the_spread_of_its_strength_and_mostly_low_frequencies():
+    grey = torch.full((64, 3, 32, 32), 0.5)
+    weak, strong = (
+        corruptions.coloured_noise(grey, strength, generator_for("noise")) - grey for strength in (1.0, 5.0)
+    )
+    assert weak.std((2, 3)).mean().item() == pytest.approx(0.026, abs=0.001)
+    assert strong.std((2, 3)).mean().item() == pytest.approx(0.13, abs=0.003)
+    power = torch.fft.rfft2(strong).abs().square().mean((0, 1))
+    assert power[1:4, 1:4].mean() > 20 * power[12:16, 12:16].mean()  # white noise: 1
+
+
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.05])
 def test_distances_are_scipys_up_to_where_they_are_cut(share):
     edges = torch.rand(3, 1, 32, 40, generator=torch.Generator().manual_seed(0)) < share
