@@ -107,6 +107,7 @@ class MethodSection:
     pruning: str = "rate_distortion"  # the rule of memory=pruned
     restoration: bool = False  # bring the source back where the stream shifts
     prior: float | None = None  # images for which the source's statistics count; None: the policy's, or none
+    balance: float | None = None  # strength of the predictions' correction; None: the policy's, or none
     initialization: bool = False  # start where the policy has learned to; else at the source's values
     update_every: int | None = None  # a domain's batches from one update to the next; None: the policy's gate, else 1
     betas: list[float] | None = None  # of Adam; None: its default
@@ -191,8 +192,11 @@ class MetaSection:
     restoration: bool = True
     carry: float = 0.5
     prior: float | None = DEFAULT_COUNT
+    balance: float | None = 1.0
     initialization: bool = True
     initialization_lr: float = 3e-3
+    experts_lr: float = 1e-3
+    experts_decay: float = 0.01
     initialization_decay: float = 0.03
     update_rate: float | None = None
     rates: bool = False

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from metaopt.errors import ConfigError
 from metaopt.experts.adapter import NAME, Experts, get_experts, with_experts
@@ -15,6 +16,7 @@ from metaopt.models import SourceModel
 from metaopt.types import Parameters
 
 LEARNING = ("learned", "frozen")
+HANDING_ON = ("up_weight", "up_bias")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class LearnedExperts(nn.Module):
     def initial(self) -> Parameters:
         """The experts' own tensors under their names in a source model."""
         return self._named(own=True)
+
+    def penalty(self) -> Tensor:
+        """Sum of squares of what the experts hand on, 0 where they add nothing; scalar."""
+        handed_on = [t for name, t in self.initial().items() if name.rpartition(".")[2] in HANDING_ON]
+        return torch.stack([tensor.square().sum() for tensor in handed_on]).sum()
 
     def _named(self, *, own: bool) -> Parameters:
         tensors = self.mixtures.named_parameters()

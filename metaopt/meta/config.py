@@ -12,6 +12,7 @@ from metaopt.inner_loop.unroll import UnrollConfig
 from metaopt.meta.loss import META_LOSSES
 from metaopt.meta.tasks import TaskConfig
 from metaopt.policy import RestorationConfig
+from metaopt.policy.balance import ClassBalance
 from metaopt.policy.prior import DEFAULT_COUNT, LearnedPrior
 
 SCHEDULES = ("cosine", "constant")
@@ -37,6 +38,9 @@ class MetaTrainConfig:
     initialization: bool = True  # whether the norm layers' first values are learned too
     initialization_lr: float = 3e-3  # peak of its own rate in the meta-optimizer
     initialization_decay: float = 0.03  # weight of the sum of squares of what it changes
+    experts_decay: float = 0.01  # weight of the sum of squares of what experts hand on at the start
+    experts_lr: float = 1e-3  # peak of the meta-optimizer's rate on gates and first values of experts
+    balance: float | None = 1.0  # strength of the predictions' correction by what a batch holds as a whole; None: none
     rates: bool = False  # whether rates of what is kept of each layer are learned too, for any budget
     loss: str = "clean_teacher"
     tempered: bool = True  # whether the clean teacher is compared at the best temperature
@@ -86,6 +90,8 @@ class MetaTrainConfig:
             )
         if self.prior is not None:
             LearnedPrior((), self.prior)  # checks its own range
+        if self.balance is not None:
+            ClassBalance(self.balance)  # checks its own range
         if not 0 <= self.carry <= 1:
             raise ConfigError(f"meta.carry is {self.carry}; a probability lies in [0, 1]: set for example 0.5")
         if self.objective.get("teacher", 0) > 0 and self.teacher is None:
@@ -98,11 +104,11 @@ class MetaTrainConfig:
                 "meta.selection_shifts is empty; at least one shift is needed to choose the best epoch on: set "
                 "meta.selection_shifts=[gamma,posterise]"
             )
-        for key in ("lr", "initialization_lr", "clip_norm"):
+        for key in ("lr", "initialization_lr", "experts_lr", "clip_norm"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"meta.{key} is {value}; it must be positive and finite: set for example 0.01")
-        for key in ("shrinkage", "initialization_decay"):
+        for key in ("shrinkage", "initialization_decay", "experts_decay"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"meta.{key} is {value}; it must be finite and 0 or more: set for example 0.02")

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from metaopt.errors import ConfigError
 from metaopt.inner_loop.unroll import MetaBatch, MetaLoss
+from metaopt.policy.balance import class_shares
 from metaopt.types import StepOutput
 
 TEMPERATURES = tuple(10 ** (exponent / 20) for exponent in range(-20, 21))  # 0.1 to 10
@@ -26,17 +27,20 @@ class CleanTeacher:
 
     Args:
         tempered: whether the predictions are taken at the temperature that fits the batch best.
+        balance: strength with which the policy corrects its predictions towards evenly frequent classes, if it does.
     """
 
     own_objective = False
 
-    def __init__(self, tempered: bool = False) -> None:
-        self.tempered = tempered
+    def __init__(self, tempered: bool = False, balance: float | None = None) -> None:
+        self.tempered, self.balance = tempered, balance
 
     def __call__(self, output: StepOutput, batch: MetaBatch) -> Tensor:
         """Mean over the batch, scalar."""
         assert batch.targets is not None
         logits = output.logits
+        if self.balance is not None:  # a few images are not balanced: corrected for their own classes instead
+            logits = logits + self.balance * class_shares(batch.targets).log()
         if self.tempered:
             logits = logits / best_temperature(logits, batch.targets)
         return functional.cross_entropy(logits, batch.targets)
@@ -70,12 +74,12 @@ class Unsupervised:
 META_LOSSES = ("clean_teacher", "unsupervised")
 
 
-def build_meta_loss(name: str, tempered: bool = False) -> MetaLoss:
-    """The meta-loss of that name; ``tempered`` is for ``clean_teacher`` alone.
+def build_meta_loss(name: str, tempered: bool = False, balance: float | None = None) -> MetaLoss:
+    """The meta-loss of that name; ``tempered`` and ``balance`` are for ``clean_teacher`` alone.
 
     Raises:
         ConfigError: there is none.
     """
     if name not in META_LOSSES:
         raise ConfigError(f"meta.loss is {name!r}; allowed are {', '.join(META_LOSSES)}: choose one")
-    return CleanTeacher(tempered) if name == "clean_teacher" else Unsupervised()
+    return CleanTeacher(tempered, balance) if name == "clean_teacher" else Unsupervised()

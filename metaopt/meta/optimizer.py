@@ -26,10 +26,13 @@ class MetaOptimizer:
 
     def __init__(self, policy: AdaptationPolicy, config: MetaTrainConfig) -> None:
         self.policy, self.config = policy, config
-        own = {name: part_of(name) == "initialization" for name in learned_tensors(policy)}
-        groups = [([n for n in own if not own[n]], config.lr), ([n for n in own if own[n]], config.initialization_lr)]
-        self.groups = [(names, rate) for names, rate in groups if names]
         tensors = learned_tensors(policy)
+        rates = {"initialization": config.initialization_lr, "experts": config.experts_lr, "gates": config.experts_lr}
+        groups: dict[str, list[str]] = {}
+        for name in tensors:
+            part = part_of(name)
+            groups.setdefault(part if part in rates else "", []).append(name)
+        self.groups = [(names, rates.get(part, config.lr)) for part, names in groups.items()]
         self.adam = torch.optim.Adam([{"params": [tensors[n] for n in names], "lr": r} for names, r in self.groups])
 
     def step(self, loss: Tensor, gradients: Mapping[str, Tensor], share: float) -> tuple[Tensor, bool]:
@@ -61,11 +64,13 @@ class MetaOptimizer:
         return norm, taken
 
     def _penalty(self) -> Tensor:
-        """Of step sizes far from 1 and of an initialization far from the source."""
+        """Of step sizes far from 1, and of an initialization and experts that change much of the source."""
         assert isinstance(self.policy.rule, GradientGenerator)
         penalty = self.config.shrinkage * self.policy.rule.penalty()
         if self.policy.initialization is not None:
             penalty = penalty + self.config.initialization_decay * self.policy.initialization.penalty()
+        if self.policy.learned_experts is not None:
+            penalty = penalty + self.config.experts_decay * self.policy.learned_experts.penalty()
         return penalty
 
     def state_dict(self) -> dict[str, Any]:

@@ -93,7 +93,9 @@ def report_on_unseen_tasks(
     """
     steps = min(LONGEST, trainer.config.steps)
     unseen = held_out_tasks(trainer, shift_names(REPORT), tasks, steps, seed=SEED)
-    adam = build_method(MethodConfig("adam", update="adam", lr=adam_lr, objective_from_policy=True), policy=after)
+    balance = None if after.balance is None else after.balance.strength
+    rival = MethodConfig("adam", update="adam", lr=adam_lr, objective_from_policy=True, balance=balance)
+    adam = build_method(rival, policy=after)
     return MetaReport(
         steps,
         {

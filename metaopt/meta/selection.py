@@ -38,7 +38,8 @@ def selection_loss(trainer: "MetaTrainer", tasks: Sequence[Task]) -> float:
     update gate that opens more often than it may costs ``EXCESS`` times the share beyond. A policy that is trained on
     tasks that go on where another ended is scored on one stream of all tasks.
     """
-    score = CleanTeacher(trainer.config.tempered)
+    balance = trainer.policy.balance
+    score = CleanTeacher(trainer.config.tempered, None if balance is None else balance.strength)
     means, updates, parameters, state = [], 0, trainer.parameters, None
     for task in tasks:
         if state is None or trainer.config.carry == 0:

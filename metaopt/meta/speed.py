@@ -99,7 +99,7 @@ def forward_backward(trainer: MetaTrainer) -> Callable[[], object]:
 def _unroll(trainer: MetaTrainer, backend: str, gradient: str, loss: str, steps: int) -> Callable[[], object]:
     meta_loss_name, clean_view = LOSSES[loss]
     tasks = replace(trainer.config.tasks, clean_view=clean_view)
-    meta_loss = build_meta_loss(meta_loss_name, trainer.config.tempered)
+    meta_loss = build_meta_loss(meta_loss_name, trainer.config.tempered, trainer.config.balance)
     teacher = None if meta_loss.own_objective else trainer.teach
     sampler = TaskSampler(trainer.images, trainer.sampler.shifts, tasks, teacher)
     randomness = torch.Generator().manual_seed(0)

@@ -28,6 +28,7 @@ from metaopt.models import SourceModel
 from metaopt.objectives import source_statistics
 from metaopt.policy import (
     AdaptationPolicy,
+    ClassBalance,
     LearnedInitialization,
     PolicyState,
     SourceRecord,
@@ -70,7 +71,7 @@ class MetaTrainer:
             raise DataError(f"meta-training got {len(images)} images; at least 2 are needed: give for example 128")
         self.source, self.images = model.requires_grad_(False), images
         self.monitor = monitor or Monitor(None)
-        self.meta_loss = build_meta_loss(config.loss, config.tempered)
+        self.meta_loss = build_meta_loss(config.loss, config.tempered, config.balance)
         shifts = (*shift_names(META), *shift_names(WIDE)) if shifts is None else shifts
         teacher = None if self.meta_loss.own_objective else self.teach  # where nobody asks, it need not predict
         self.sampler = TaskSampler(images, shifts, config.tasks, teacher)
@@ -94,6 +95,7 @@ class MetaTrainer:
             gate=config.update_rate is not None,
             prior=learned_prior(self.model, config.prior),
             initialization=LearnedInitialization.of(model) if config.initialization else None,
+            balance=None if config.balance is None else ClassBalance(config.balance),
             seed=config.seed,
         ).to(images.device, next(iter(self.parameters.values())).dtype)
         assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)

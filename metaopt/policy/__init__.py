@@ -1,6 +1,7 @@
 """The adaptation policy: the learned whole, its one step, its state and its file."""
 
 from metaopt.policy.adapts import layout_of as layout_of
+from metaopt.policy.balance import ClassBalance as ClassBalance
 from metaopt.policy.checkpoint import SourceRecord as SourceRecord
 from metaopt.policy.checkpoint import check_source as check_source
 from metaopt.policy.checkpoint import load_policy as load_policy

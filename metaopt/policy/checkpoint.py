@@ -15,6 +15,7 @@ from metaopt.generator import GeneratorConfig, GradientGenerator
 from metaopt.models import ModelSpec, SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.parameters import ParameterLayout, adapted_layout
+from metaopt.policy.balance import ClassBalance
 from metaopt.policy.gate import LearnedGate
 from metaopt.policy.initialization import LearnedInitialization
 from metaopt.policy.policy import AdaptationPolicy
@@ -61,6 +62,7 @@ def policy_to_dict(policy: AdaptationPolicy) -> dict[str, Any]:
         "teacher": None if teacher is None else teacher.to_dict(),
         "prior": list(policy.prior.layers) if isinstance(policy.prior, LearnedPrior) else None,
         "initialization": None if policy.initialization is None else policy.initialization.sizes,
+        "balance": None if policy.balance is None else policy.balance.strength,
         "adapts": None if policy.adapts == "norm" else policy.adapts,
     }
     return {
@@ -122,6 +124,7 @@ def _build(values: Mapping[str, Any]) -> AdaptationPolicy:
         gate=LearnedGate(**values["gate"]) if "gate" in values else None,
         prior=LearnedPrior(values["prior"]) if "prior" in values else None,
         initialization=LearnedInitialization(values["initialization"]) if "initialization" in values else None,
+        balance=ClassBalance(values["balance"]) if "balance" in values else None,
         adapts=values.get("adapts", "norm"),
         learned_experts=LearnedExperts.from_dict(values["experts"]) if "experts" in values else None,
         teacher=TeacherConfig.from_dict(values["teacher"]) if "teacher" in values else None,

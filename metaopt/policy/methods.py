@@ -12,6 +12,7 @@ from metaopt.experts import ExpertsConfig, LearnedExperts, TeacherConfig
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
 from metaopt.objectives import OBJECTIVE_TERMS, WeightedObjective
 from metaopt.policy.adapts import ADAPTS
+from metaopt.policy.balance import ClassBalance
 from metaopt.policy.gate import Gate, LearnedGate, PeriodicGate
 from metaopt.policy.initialization import LearnedInitialization
 from metaopt.policy.policy import AdaptationPolicy
@@ -38,7 +39,8 @@ class MethodConfig:
     as ``RestorationConfig`` begins. ``update_every`` is the number of a domain's batches from one update to the next;
     None: the policy's gate decides where it has learned one, else every batch updates. ``prior`` is the number of
     images for which the source counts in BatchNorm layers; None: as many as the policy has learned where its
-    generator runs, else none.
+    generator runs, else none. ``balance`` is the strength with which predictions are corrected by what a batch as a
+    whole holds; None: that of the policy where its generator runs, else 0, not at all.
     """
 
     name: str
@@ -57,6 +59,7 @@ class MethodConfig:
     update_every: int | None = None
     prior: float | None = None
     initialization: bool = False
+    balance: float | None = None
 
     def __post_init__(self) -> None:
         """Check each choice and what they need of one another."""
@@ -91,6 +94,8 @@ class MethodConfig:
             )
         if self.prior is not None:
             FixedPrior(self.prior)  # checks its own range
+        if self.balance:
+            ClassBalance(self.balance)  # checks its own range
         if self.update in HAND_MADE_RULES:
             self.rule()  # checks its own settings
 
@@ -119,6 +124,7 @@ def build_method(
             config.name,
             batch_statistics=config.batch_statistics,
             prior=_prior(config, None),
+            balance=_balance(config, None),
             initialization=_initialization(config, policy),
         )
     if policy is not None and policy.statistics is not None:
@@ -134,6 +140,7 @@ def build_method(
         config.name,
         batch_statistics=config.batch_statistics,
         prior=_prior(config, policy),
+        balance=_balance(config, policy),
         objective=objective,
         rule=rule,
         statistics=statistics,
@@ -215,6 +222,12 @@ def _prior(config: MethodConfig, policy: AdaptationPolicy | None) -> Prior | Non
     return policy.prior if policy is not None and config.update == "generator" else None
 
 
+def _balance(config: MethodConfig, policy: AdaptationPolicy | None) -> ClassBalance | None:
+    if config.balance is not None:
+        return ClassBalance(config.balance) if config.balance > 0 else None
+    return policy.balance if policy is not None and config.update == "generator" else None
+
+
 def _initialization(config: MethodConfig, policy: AdaptationPolicy | None) -> LearnedInitialization | None:
     if not config.initialization:
         return None
@@ -246,12 +259,14 @@ def new_policy(
     gate: bool = False,
     prior: LearnedPrior | None = None,
     initialization: LearnedInitialization | None = None,
+    balance: ClassBalance | None = None,
     seed: int = 0,
 ) -> AdaptationPolicy:
     """A policy before meta-training: a fresh generator, drawn from ``seed``, and the objective's first weights.
 
     ``rates``: also fresh learned rates; ``restoration``: also one that starts there; ``gate``: also an update gate;
-    ``experts``: also these, which adapt beside the norm layers; ``prior``, ``initialization``: also this one.
+    ``experts``: also these, which adapt beside the norm layers; ``prior``, ``initialization``, ``balance``: also this
+    one.
 
     Terms of weight 0 are left out.
     """
@@ -274,4 +289,5 @@ def new_policy(
         # The objective can be had cheaply by other statistics, or another start: where it is the judge, they stay.
         prior=None if prior is None else prior.requires_grad_(learned_objective),
         initialization=initialization if learned_objective else None,
+        balance=balance if learned_objective else None,
     )

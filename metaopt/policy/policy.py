@@ -19,25 +19,22 @@ policy    norm, experts  of the batch      learned weights         learned gener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from metaopt.data.seeding import generator_for
 from metaopt.experts import (
     ExpertsConfig,
     LearnedExperts,
     TeacherConfig,
     TeacherState,
     init_teacher,
-    proximal_loss,
-    select_anchor,
     with_experts,
 )
 from metaopt.models import SourceModel
-from metaopt.objectives import WeightedObjective, augmented_view
+from metaopt.objectives import WeightedObjective
 from metaopt.parameters import ParameterLayout, own_values
 from metaopt.policy.adapts import layout_of
+from metaopt.policy.balance import ClassBalance
+from metaopt.policy.forward import evaluated, predicted
 from metaopt.policy.gate import Gate, LearnedGate, init_gate
 from metaopt.policy.initialization import LearnedInitialization
 from metaopt.policy.prior import Prior
@@ -45,7 +42,6 @@ from metaopt.policy.restoration import SourceRestoration
 from metaopt.policy.shift import init_reference
 from metaopt.policy.state import PolicyState
 from metaopt.policy.step import adaptation_step
-from metaopt.policy.taught import taught_logits
 from metaopt.sparsity import ActivationMemory, PruningRule
 from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
 
@@ -75,6 +71,7 @@ class AdaptationPolicy(nn.Module):
         restoration: how much of the source comes back before each batch; None: nothing ever does.
         gate: whether a batch is worth an update; None: every one is.
         initialization: where the norm layers start; None: at the source's values.
+        balance: correction of the predictions by what a batch as a whole holds; None: they stay as they are.
     """
 
     def __init__(
@@ -96,6 +93,7 @@ class AdaptationPolicy(nn.Module):
         restoration: SourceRestoration | None = None,
         gate: Gate | None = None,
         initialization: LearnedInitialization | None = None,
+        balance: ClassBalance | None = None,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
@@ -118,6 +116,7 @@ class AdaptationPolicy(nn.Module):
         self.restoration = restoration
         self.gate = gate
         self.initialization = initialization
+        self.balance = balance
         self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
         self.training: dict[str, Any] = {}  # how it was meta-trained: primitives, for reports
 
@@ -198,44 +197,11 @@ class AdaptationPolicy(nn.Module):
             step: number of updates before this one, which augmented views of the images are drawn from.
             teacher: state of the teacher, where the method has one; None: as before the first batch.
         """
-        if self.teacher is not None and teacher is None:
-            teacher = init_teacher(parameters)
-        taught = None
-        if self.predict_with == "teacher" or (self.objective is not None and self.objective.needs_teacher):
-            assert self.teacher is not None and teacher is not None
-            taught = self._taught(model, teacher, images, step)
-        features = self.objective is not None and self.objective.needs_features
-        tensors, statistics = self._gates() | parameters, self._statistics()
-        output = functional_call(model, tensors, (images,), statistics | {"features": features})
-        logits = taught if taught is not None and self.predict_with == "teacher" else output.logits
-        if self.objective is None:
-            return StepOutput(logits)
-        if self.objective.needs_view:
-            view = augmented_view(images, generator_for("view", self.seed, step))
-            viewed = functional_call(model, tensors, (view,), statistics)
-            output = output._replace(view_logits=viewed.logits)
-        loss, terms = self.objective.loss(output._replace(teacher_logits=taught), self.statistics)
-        if self.pulls:
-            assert self.teacher is not None and teacher is not None
-            anchor = select_anchor(self.teacher, teacher, self.initial(model, parameters))
-            terms["proximal"] = proximal_loss(self.teacher, parameters, anchor)
-            loss = loss + self.teacher.proximal * terms["proximal"]
-        return StepOutput(logits, loss, terms)
+        return evaluated(self, model, parameters, images, step, teacher)
 
-    def _statistics(self) -> dict[str, Any]:
-        """How BatchNorm layers normalise, as the source model takes it."""
-        prior = {} if self.prior is None else {"prior": self.prior()}
-        return {"batch_statistics": self.batch_statistics} | prior
-
-    def _gates(self) -> Parameters:
+    def gates(self) -> Parameters:
         """Learned gates, which stay as they are online."""
         return {} if self.learned_experts is None else self.learned_experts.gates()
-
-    def _taught(self, model: nn.Module, teacher: TeacherState, images: Tensor, step: int) -> Tensor:
-        """The teacher's logits, (B, C)."""
-        assert self.teacher is not None
-        state = teacher._replace(average=self._gates() | teacher.average)
-        return taught_logits(self.teacher, model, state, images, statistics=self._statistics(), step=step)
 
     def predict(
         self,
@@ -246,13 +212,7 @@ class AdaptationPolicy(nn.Module):
         teacher: TeacherState | None = None,
     ) -> StepOutput:
         """Predict alone, by one forward pass without a graph or a loss; arguments as of :meth:`evaluate`."""
-        with torch.no_grad():
-            if self.predict_with == "teacher":
-                logits = self._taught(model, teacher or init_teacher(parameters), images, step)
-            else:
-                tensors = self._gates() | parameters
-                logits = functional_call(model, tensors, (images,), self._statistics()).logits
-        return StepOutput(logits, updated=False)
+        return predicted(self, model, parameters, images, step, teacher)
 
     def step(
         self,

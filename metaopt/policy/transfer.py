@@ -49,6 +49,7 @@ def transferred(
         found.statistics = statistics()
         notes.append("source statistics: those of this model")
     parts = {"objective weights": policy.objective, "restoration": policy.restoration, "update gate": policy.gate}
+    parts["class balance"] = policy.balance
     notes += [f"{name}: as learned" for name, part in parts.items() if part is not None]
     if isinstance(policy.prior, LearnedPrior):
         layers = prior_layers(model.module)
