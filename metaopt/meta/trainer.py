@@ -10,13 +10,13 @@ from torch import Tensor
 from metaopt.data.seeding import generator_for
 from metaopt.data.shifts import META, WIDE, Shift, shift_names
 from metaopt.errors import CheckpointError, DataError
-from metaopt.experts import LearnedExperts, with_experts
 from metaopt.generator import GradientGenerator
 from metaopt.inner_loop import build_backend, meta_gradient, squares_by_part, unrolled_loss
 from metaopt.measure import Monitor, curve_figure
 from metaopt.meta.carry import Carried
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.counters import Counters, next_price
+from metaopt.meta.fresh import fresh_policy
 from metaopt.meta.gate_share import asked_share
 from metaopt.meta.loss import build_meta_loss
 from metaopt.meta.optimizer import MetaOptimizer
@@ -25,18 +25,7 @@ from metaopt.meta.selection import held_out_tasks, selection_loss
 from metaopt.meta.tasks import Task, TaskSampler, Window
 from metaopt.meta.warm_start import begin_with, freeze
 from metaopt.models import SourceModel
-from metaopt.objectives import source_statistics
-from metaopt.policy import (
-    AdaptationPolicy,
-    ClassBalance,
-    LearnedInitialization,
-    PolicyState,
-    SourceRecord,
-    layout_of,
-    learned_prior,
-    new_policy,
-)
-from metaopt.sparsity import RatesConfig
+from metaopt.policy import AdaptationPolicy, PolicyState
 from metaopt.types import Parameters
 
 
@@ -76,32 +65,8 @@ class MetaTrainer:
         teacher = None if self.meta_loss.own_objective else self.teach  # where nobody asks, it need not predict
         self.sampler = TaskSampler(images, shifts, config.tasks, teacher)
         self.selection = held_out_tasks(self, config.selection_shifts, config.selection_tasks, config.steps)
-        experts = None
-        if config.experts is not None:
-            untrained = with_experts(model, config.experts.mixtures, seed=config.seed)
-            experts = LearnedExperts.of(untrained, config.experts)
-        self.model = (model if experts is None else experts.attach(model)).requires_grad_(False)
-        layout = layout_of("norm" if experts is None else "experts_norm", self.model)
-        self.parameters = {name: tensor.detach() for name, tensor in layout.take(self.model).items()}
-        self.policy = new_policy(
-            config.generator,
-            config.objective,
-            layout.names,
-            learned_objective=not self.meta_loss.own_objective,
-            rates=RatesConfig() if config.rates else None,
-            experts=experts,
-            teacher=config.teacher,
-            restoration=config.restoration,
-            gate=config.update_rate is not None,
-            prior=learned_prior(self.model, config.prior),
-            initialization=LearnedInitialization.of(model) if config.initialization else None,
-            balance=None if config.balance is None else ClassBalance(config.balance),
-            seed=config.seed,
-        ).to(images.device, next(iter(self.parameters.values())).dtype)
-        assert self.policy.objective is not None and isinstance(self.policy.rule, GradientGenerator)
-        if self.policy.objective.needs_features:
-            self.policy.statistics = source_statistics(model, images, config.tasks.batch_size)
-        self.policy.source = SourceRecord.of(model, layout)
+        self.policy, self.model, self.parameters = fresh_policy(model, images, config)
+        assert isinstance(self.policy.rule, GradientGenerator)
         begin_with(self.policy, start, model)
         freeze(self.policy, config.frozen)
         self.rule = self.policy.rule
