@@ -109,6 +109,39 @@ def test_a_run_goes_on_bit_identically() -> None:
         trainer_with(gates="frozen").load_state_dict(first.state_dict())
 
 
+def test_experts_have_a_rate_and_a_decay_of_their_own() -> None:
+    """Adam's first step is its rate: of the policy's numbers 0.03, of gates and first values the experts' own."""
+
+    def after_a_step(**changes: float) -> tuple[float, float, float, float]:
+        experts = LearnedExpertsConfig(MIXTURES)
+        config = tiny_config(experts=experts, teacher=TEACHER, epochs=1, unrolls=1, select_best=False, **changes)
+        trainer = MetaTrainer(source(), random_images(32), None, config)
+        start = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
+        learned = trainer.policy.learned_experts
+        assert learned is not None and float(learned.penalty().detach()) == 0.0  # they add nothing at the start
+        trainer.run()
+        step = {name: (t - start[name]).abs().max().item() for name, t in trainer.policy.state_dict().items()}
+        gate, first = (f"learned_experts.mixtures.blocks/0.{end}" for end in ("dag.router.weight", "up_weight"))
+        return step["rule.log_step_sizes"], step[gate], step[first], float(learned.penalty().detach())
+
+    number, gate, first, _ = after_a_step(experts_lr=1e-3)
+    assert number == pytest.approx(3e-2, rel=1e-3)
+    assert first == pytest.approx(1e-3, rel=1e-3) and 0 < gate < 1.001e-3
+
+    def penalty(decay: float) -> float:
+        experts = LearnedExpertsConfig(MIXTURES)
+        config = tiny_config(experts=experts, teacher=TEACHER, experts_decay=decay, experts_lr=1e-2, epochs=4)
+        trainer = MetaTrainer(source(), random_images(32), None, replace(config, select_best=False))
+        trainer.run()
+        assert trainer.policy.learned_experts is not None
+        return float(trainer.policy.learned_experts.penalty().detach())
+
+    assert penalty(100.0) < 0.5 * penalty(0.0)
+    for name in ("experts_lr", "experts_decay"):
+        with pytest.raises(ConfigError, match=rf"meta.{name} is -1.0"):
+            tiny_config(**{name: -1.0})
+
+
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"experts.gates is 'slow'; allowed are learned, frozen"):
         LearnedExpertsConfig(gates="slow")
