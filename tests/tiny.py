@@ -119,6 +119,7 @@ def tiny_config(**changes: object) -> MetaTrainConfig:
         "epochs": 2,
         "unrolls": 2,
         "selection_tasks": 1,
+        "stride": 1.0,
     }
     return MetaTrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -176,6 +176,7 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
         schedule=meta.schedule,
         clip_norm=meta.clip_norm,
         shrinkage=meta.shrinkage,
+        stride=meta.stride,
         frozen=tuple(meta.frozen),
         selection_shifts=tuple(meta.selection_shifts),
         selection_tasks=meta.selection_tasks,

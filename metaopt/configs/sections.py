@@ -195,6 +195,7 @@ class MetaSection:
     balance: float | None = 1.0
     initialization: bool = True
     initialization_lr: float = 3e-3
+    stride: float = 1.5
     experts_lr: float = 1e-3
     experts_decay: float = 0.01
     initialization_decay: float = 0.03

@@ -129,6 +129,11 @@ class GradientGenerator(nn.Module):
             direction = (momentum.clamp(-config.clamp, config.clamp) + direction) * self._step_sizes(gradients)
         return unflatten(config.lr * direction, gradients), GeneratorState(moments, weight, bias)
 
+    def stride(self, factor: float) -> None:
+        """Multiply all learned step sizes by a factor; where they are frozen, or there are none, nothing changes."""
+        if self.log_step_sizes is not None and self.log_step_sizes.requires_grad:
+            self.log_step_sizes.data += math.log(factor)
+
     def penalty(self) -> Tensor:
         """Mean square of the log step sizes, which meta-training shrinks towards 0; scalar."""
         if self.log_step_sizes is None:

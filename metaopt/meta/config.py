@@ -54,6 +54,9 @@ class MetaTrainConfig:
     lr: float = 3e-2  # of the meta-optimizer, Adam
     schedule: str = "cosine"  # of that rate: "cosine" falls to a tenth, "constant" stays
     clip_norm: float = 1.0  # largest norm of the meta-gradient
+    # Factor of the learned step sizes in the policy that is handed back: on images that it was trained on, shorter
+    # steps look better than they are on others.
+    stride: float = 1.5
     shrinkage: float = 0.02  # weight of the mean square of the log step sizes
     frozen: tuple[str, ...] = ()  # parts of the policy that stay as they start (metaopt.inner_loop.PARTS)
     selection_shifts: tuple[str, ...] = ("gamma", "posterise")
@@ -104,7 +107,7 @@ class MetaTrainConfig:
                 "meta.selection_shifts is empty; at least one shift is needed to choose the best epoch on: set "
                 "meta.selection_shifts=[gamma,posterise]"
             )
-        for key in ("lr", "initialization_lr", "experts_lr", "clip_norm"):
+        for key in ("lr", "initialization_lr", "experts_lr", "clip_norm", "stride"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"meta.{key} is {value}; it must be positive and finite: set for example 0.01")

@@ -23,7 +23,7 @@ from metaopt.meta.optimizer import MetaOptimizer
 from metaopt.meta.rate_tasks import RateTasks
 from metaopt.meta.selection import held_out_tasks, selection_loss
 from metaopt.meta.tasks import Task, TaskSampler, Window
-from metaopt.meta.warm_start import begin_with, freeze
+from metaopt.meta.warm_start import begin_with, freeze, unstride
 from metaopt.models import SourceModel
 from metaopt.policy import AdaptationPolicy, PolicyState
 from metaopt.types import Parameters
@@ -69,6 +69,7 @@ class MetaTrainer:
         assert isinstance(self.policy.rule, GradientGenerator)
         begin_with(self.policy, start, model)
         freeze(self.policy, config.frozen)
+        unstride(self.policy, start)
         self.rule = self.policy.rule
         self.apply = build_backend(config.backend, self.rule)
         self.optimizer = MetaOptimizer(self.policy, config)
@@ -113,6 +114,8 @@ class MetaTrainer:
         policy, chosen = copy.deepcopy(self.policy), len(self.counters.selection) > 1
         if chosen:
             policy.load_state_dict(self.best)
+        assert isinstance(policy.rule, GradientGenerator)
+        policy.rule.stride(self.config.stride)
         policy.training = {
             "config": self.config.to_dict(),
             "shifts": [shift.name for shift in self.sampler.shifts],

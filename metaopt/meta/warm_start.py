@@ -45,6 +45,12 @@ def begin_with(policy: AdaptationPolicy, start: AdaptationPolicy | None, model: 
     policy.load_state_dict(own | {name: tensor for name, tensor in given.items() if name in own})
 
 
+def unstride(policy: AdaptationPolicy, start: AdaptationPolicy | None) -> None:
+    """Where step sizes go on learning, they begin as those of ``start`` ended: without the stride of its handing back."""
+    if start is not None and isinstance(policy.rule, GradientGenerator):
+        policy.rule.stride(1 / start.training.get("config", {}).get("stride", 1.0))
+
+
 def freeze(policy: AdaptationPolicy, parts: Collection[str]) -> None:
     """Leave these parts as they are.
 

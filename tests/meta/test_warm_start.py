@@ -1,5 +1,6 @@
 """Training that begins with another policy, and parts that it leaves alone."""
 
+import math
 import re
 from typing import Any
 
@@ -95,6 +96,20 @@ def test_a_start_that_does_not_fit_is_refused() -> None:
     other = GeneratorConfig(**{**start.training["config"]["generator"], "hidden": 4})
     with pytest.raises(CheckpointError, match=re.escape("other settings of generator.hidden; allowed are the same")):
         trainer_with(start=start, generator=other)
+
+
+def test_step_sizes_are_handed_back_with_a_stride_and_go_on_without_it() -> None:
+    plain, long = (weights_of(trained(stride=stride)) for stride in (1.0, 1.5))
+    for name, tensor in plain.items():
+        stride = math.log(1.5) if name == "rule.log_step_sizes" else 0.0
+        torch.testing.assert_close(long[name], tensor + stride, rtol=0.0, atol=1e-6)
+    start = trained(stride=1.5)
+    begun = weights_of(trainer_with(start=start, stride=1.5).policy)
+    torch.testing.assert_close(begun["rule.log_step_sizes"], plain["rule.log_step_sizes"], rtol=0.0, atol=1e-6)
+    on_top = trained(start=start, update_rate=0.5, frozen=FROZEN, stride=1.5)
+    assert torch.equal(weights_of(on_top)["rule.log_step_sizes"], long["rule.log_step_sizes"])
+    with pytest.raises(ConfigError, match=r"meta.stride is 0.0; it must be positive"):
+        tiny_config(stride=0.0)
 
 
 def test_the_library_call_takes_a_start() -> None:
