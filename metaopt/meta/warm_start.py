@@ -46,7 +46,7 @@ def begin_with(policy: AdaptationPolicy, start: AdaptationPolicy | None, model: 
 
 
 def unstride(policy: AdaptationPolicy, start: AdaptationPolicy | None) -> None:
-    """Where step sizes go on learning, they begin as those of ``start`` ended: without the stride of its handing back."""
+    """Where step sizes go on learning, they begin as those of ``start`` ended: without the stride that it came with."""
     if start is not None and isinstance(policy.rule, GradientGenerator):
         policy.rule.stride(1 / start.training.get("config", {}).get("stride", 1.0))
 
