@@ -2,10 +2,12 @@
 
 The price under which a gate learns brings its share near the one that is asked for, not to it. So whenever a policy is
 scored, the gate's bias is moved until it opens at no more than that share of the held-out tasks' batches, each task a
-domain of its own. What the gate sees there hardly depends on the updates, so that one run without any tells it.
+domain of its own. What the gate sees there hardly depends on the updates, so that one run without any tells it. But
+batches of a few images hold the same ones again and lie nearer to each other than those of a stream, whose distance is
+1 in expectation: below that, theirs counts as 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,6 +64,11 @@ def gate_signals(
     return found
 
 
+def as_in_a_stream(signals: Sequence[Signals]) -> list[Signals]:
+    """The same with distances of at least 1, as batches of new images have them in expectation."""
+    return [each._replace(distance=each.distance.clamp_min(1.0)) for each in signals]
+
+
 @torch.no_grad()
 def share_opened(gate: LearnedGate, signals: Sequence[Signals], shift: float = 0.0) -> float:
     """Share of the batches at which the gate opens, its bias moved by ``shift``."""
@@ -76,15 +83,23 @@ def share_opened(gate: LearnedGate, signals: Sequence[Signals], shift: float = 0
 
 @torch.no_grad()
 def set_share(gate: LearnedGate, signals: Sequence[Signals], share: float) -> None:
-    """Move the gate's bias to the largest at which it opens at no more than ``share`` of the batches."""
+    """Move the gate's bias so that it opens at the largest share of the batches that is no more than ``share``.
+
+    To the middle of the values that do so: other batches differ a little to either side.
+    """
+    most = _largest(lambda shift: share_opened(gate, signals, shift) <= share)
+    reached = share_opened(gate, signals, most)
+    least = _largest(lambda shift: share_opened(gate, signals, shift) < reached) if reached > 0 else most
+    gate.bias.data += (least + most) / 2
+
+
+def _largest(holds: Callable[[float], bool]) -> float:
+    """The largest shift of a bias at which something holds that holds for all smaller ones too, by bisection."""
     below, above = -FARTHEST, FARTHEST
     for _ in range(HALVINGS):
         middle = (below + above) / 2
-        if share_opened(gate, signals, middle) > share:
-            above = middle
-        else:
-            below = middle
-    gate.bias.data += below
+        below, above = (middle, above) if holds(middle) else (below, middle)
+    return below
 
 
 @contextmanager
@@ -95,7 +110,8 @@ def asked_share(trainer: "MetaTrainer") -> Iterator[None]:
         yield
         return
     before = gate.bias.detach().clone()
-    set_share(gate, gate_signals(trainer.policy, trainer.model, trainer.parameters, trainer.selection), share)
+    signals = gate_signals(trainer.policy, trainer.model, trainer.parameters, trainer.selection)
+    set_share(gate, as_in_a_stream(signals), share)
     try:
         yield
     finally:
