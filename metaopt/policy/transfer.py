@@ -49,8 +49,9 @@ def transferred(
         found.statistics = statistics()
         notes.append("source statistics: those of this model")
     parts = {"objective weights": policy.objective, "restoration": policy.restoration, "update gate": policy.gate}
-    parts["class balance"] = policy.balance
     notes += [f"{name}: as learned" for name, part in parts.items() if part is not None]
+    if policy.balance is not None:
+        notes.append("class balance: the same")
     if isinstance(policy.prior, LearnedPrior):
         layers = prior_layers(model.module)
         found.prior = policy.prior.on(layers) if layers else None

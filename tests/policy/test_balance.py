@@ -130,7 +130,7 @@ def test_file_transfer_and_meta_training_keep_it() -> None:
     statistics = policy.statistics
     assert statistics is not None
     found, notes = transferred(policy, tiny_model(), lambda: statistics)
-    assert found.balance is not None and "class balance: as learned" in notes
+    assert found.balance is not None and "class balance: the same" in notes
     for loss, balance, expected in (
         ("clean_teacher", 1.0, 1.0),
         ("clean_teacher", None, None),
