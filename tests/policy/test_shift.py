@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.models import SourceModel
-from metaopt.policy.shift import WINDOW, ShiftReference, distance, image_statistics, init_reference, merged
+from metaopt.policy.shift import PIECE, WINDOW, ShiftReference, distance, image_statistics, init_reference, merged
 
 from ..tiny import random_images, tiny_model
 
@@ -77,15 +77,16 @@ class Watched(nn.Module):
         raise AssertionError("the forward pass went on behind the watched layer")
 
 
+@pytest.mark.parametrize("count", [5, 2 * PIECE + 3])
 @pytest.mark.parametrize(
     ("norm", "channels_last"),
     [(nn.BatchNorm2d(8), False), (nn.GroupNorm(2, 8), False), (nn.LayerNorm(8), True), (nn.RMSNorm(8), True)],
 )
 def test_reads_mean_and_deviation_of_what_enters_the_layer_and_stops_there(
-    norm: nn.Module, channels_last: bool
+    norm: nn.Module, channels_last: bool, count: int
 ) -> None:
     module = Watched(norm, channels_last).eval()
-    model, images = SourceModel(module), random_images(5)
+    model, images = SourceModel(module), random_images(count)
     hidden = module.stem((images - model.mean) / model.std).flatten(2)
     found = image_statistics(model, "module.norm", images)
     torch.testing.assert_close(found[:, :8], hidden.mean(dim=2))
