@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-PRICE_SPAN = 0.3  # change of the price over a whole training with a share of updates that is wrong by 1
+PRICE_SPAN = 1.0  # change of the price over a whole training with a share of updates that is wrong by 1
 
 
 @dataclass
