@@ -4,11 +4,12 @@ From signals that cost no backward pass,
 
 .. math:: x = (\log D,\; \log(1 + a),\; \log(1 + r),\; H / \log C),
 
-the distance D of the batch from those before it (:mod:`metaopt.policy.shift`), the batches a since the domain began,
-the batches r since the last update and the mean entropy H of the last predictions over C classes, the gate opens where
-:math:`z = w \cdot x + b > 0`. Meta-training sees its decision s through a straight-through estimator,
-:math:`\theta' = \theta + s\,(\theta_{new} - \theta)` with :math:`\partial s := \partial\,\mathrm{sigmoid}(z)`, under a
-price on updates that is raised until their share is the one asked for.
+the distance D of the batch from those before it (:mod:`metaopt.policy.shift`), the batches a since the domain began
+(at most 8), the batches r since the last update and the mean entropy H of the last predictions over C classes, the gate
+opens where :math:`z = w \cdot x + b > 0`. In a domain that goes on and on, a rest opens it again. Meta-training sees
+its decision s through a straight-through estimator, :math:`\theta' = \theta + s\,(\theta_{new} - \theta)` with
+:math:`\partial s := \partial\,\mathrm{sigmoid}(z)`, under a price on updates that is raised until their share is the
+one asked for.
 """
 
 import math
@@ -22,6 +23,7 @@ from metaopt.errors import ConfigError
 # Of (log D, log(1 + a), log(1 + r), H / log C): a shift and a rest call for an update, a domain that is known does not.
 FIRST_WEIGHTS = (0.5, -1.0, 0.5, 0.0)
 FIRST_BIAS = 1.0
+OLDEST = 8.0  # batches: a domain that lasts longer than meta-training's default tasks counts as this old
 
 
 class GateState(NamedTuple):
@@ -65,7 +67,8 @@ class LearnedGate(nn.Module):
             state: what the gate remembers.
             distance: D, scalar.
         """
-        signals = torch.stack([distance.clamp(1e-6, 1e6).log(), state.age.log1p(), state.rest.log1p(), state.entropy])
+        distance, age = distance.clamp(1e-6, 1e6), state.age.clamp_max(OLDEST)
+        signals = torch.stack([distance.log(), age.log1p(), state.rest.log1p(), state.entropy])
         return self.weights @ signals.to(self.weights) + self.bias
 
 

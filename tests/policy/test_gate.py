@@ -12,7 +12,7 @@ from metaopt.errors import ConfigError
 from metaopt.measure import MemoryMeter
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRestoration, build_method
-from metaopt.policy.gate import GateState, LearnedGate, PeriodicGate, straight_through
+from metaopt.policy.gate import OLDEST, GateState, LearnedGate, PeriodicGate, straight_through
 
 from ..tiny import assert_goes_on, random_images, tiny_model, tiny_policy
 
@@ -39,6 +39,14 @@ def test_weighs_its_signals_as_the_equation_says() -> None:
     found = gate(state(3.0, 1.0, 0.6), torch.tensor(7.0)).item()
     expected = 0.3 * math.log(7) - 0.7 * math.log(4) + 0.2 * math.log(2) + 1.5 * 0.6 - 0.4
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_domain_that_goes_on_grows_no_older_than_the_tasks_and_is_updated_on_again() -> None:
+    gate = LearnedGate()  # weights and bias with which meta-training starts
+    eighth, twentieth = (gate(state(age, 3.0, 0.5), torch.tensor(1.0)).item() for age in (OLDEST, 20.0))
+    assert twentieth == eighth < gate(state(OLDEST - 1, 3.0, 0.5), torch.tensor(1.0)).item()
+    rested = [gate(state(50.0, rest, 0.5), torch.tensor(1.0)).item() > 0 for rest in (0.0, 20.0)]
+    assert rested == [False, True]
 
 
 @pytest.mark.parametrize("z", [-1.5, 0.7])
