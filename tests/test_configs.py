@@ -92,6 +92,11 @@ def test_published_recipe_is_the_paper_and_gives_way_to_the_command_line() -> No
     }
 
 
+def test_gate_recipe_learns_the_gate_alone() -> None:
+    config = compose(MetaTrainSettings, "meta_train", ["recipe=gate", "start=start.pt"], CONFIGS)
+    assert (config.meta.only, config.meta.update_rate, config.start) == (["gate"], 0.34, "start.pt")
+
+
 def test_defaults_are_the_published_contract() -> None:
     config = compose(MetaTrainSettings, "meta_train", [], CONFIGS)
     assert (config.data.name, config.batch_size, config.n_unlabeled, config.seed) == ("digits", 64, 128, 0)

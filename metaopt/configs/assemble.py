@@ -178,6 +178,7 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
         shrinkage=meta.shrinkage,
         stride=meta.stride,
         frozen=tuple(meta.frozen),
+        only=None if meta.only is None else tuple(meta.only),
         selection_shifts=tuple(meta.selection_shifts),
         selection_tasks=meta.selection_tasks,
         select_best=meta.select_best,

@@ -203,6 +203,7 @@ class MetaSection:
     rates: bool = False
     noise_price: float = 5.0
     frozen: list[str] = field(default_factory=list)
+    only: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Check what no other part checks."""

@@ -59,6 +59,7 @@ class MetaTrainConfig:
     stride: float = 1.5
     shrinkage: float = 0.02  # weight of the mean square of the log step sizes
     frozen: tuple[str, ...] = ()  # parts of the policy that stay as they start (metaopt.inner_loop.PARTS)
+    only: tuple[str, ...] | None = None  # parts that learn, all others stay as they start; None: all but the frozen
     selection_shifts: tuple[str, ...] = ("gamma", "posterise")
     selection_tasks: int = 4
     select_best: bool = True  # keep what does best on the selection tasks; else the last epoch
@@ -150,5 +151,6 @@ class MetaTrainConfig:
         values["tasks"]["strength"] = list(self.tasks.strength)
         values["selection_shifts"] = list(self.selection_shifts)
         values["frozen"] = list(self.frozen)
+        values["only"] = None if self.only is None else list(self.only)
         values["experts"] = None if self.experts is None else self.experts.to_dict()
         return values

@@ -68,7 +68,7 @@ class MetaTrainer:
         self.policy, self.model, self.parameters = fresh_policy(model, images, config)
         assert isinstance(self.policy.rule, GradientGenerator)
         begin_with(self.policy, start, model)
-        freeze(self.policy, config.frozen)
+        freeze(self.policy, config.frozen, config.only, on_top=start is not None)
         unstride(self.policy, start)
         self.rule = self.policy.rule
         self.apply = build_backend(config.backend, self.rule)

@@ -51,25 +51,42 @@ def unstride(policy: AdaptationPolicy, start: AdaptationPolicy | None) -> None:
         policy.rule.stride(1 / start.training.get("config", {}).get("stride", 1.0))
 
 
-def freeze(policy: AdaptationPolicy, parts: Collection[str]) -> None:
+def freeze(
+    policy: AdaptationPolicy, parts: Collection[str], only: Collection[str] | None = None, *, on_top: bool = False
+) -> None:
     """Leave these parts as they are.
 
+    Args:
+        policy: changed in place.
+        parts: to be left alone.
+        only: parts that learn, while all others are left alone; None: all but ``parts``.
+        on_top: whether the policy begins with another one's learned parts.
+
     Raises:
-        ConfigError: the policy has no such part that learns, or nothing would be left to learn.
+        ConfigError: the policy has no such part that learns, nothing would be left to learn, or ``only`` leaves alone a
+            generator that nobody has trained.
     """
     learned = {name: tensor for name, tensor in policy.named_parameters() if tensor.requires_grad}
     present = [part for part in PARTS if any(part_of(name) == part for name in learned)]
-    for part in parts:
-        if part not in present:
+    for key, named in (("frozen", parts), ("only", only or ())):
+        for part in named:
+            if part not in present:
+                raise ConfigError(
+                    f"meta.{key} names {part!r}; allowed are the parts that this policy learns, {', '.join(present)}: "
+                    "choose among those"
+                )
+    if only is not None:
+        if not on_top and "generator" not in only:
             raise ConfigError(
-                f"meta.frozen names {part!r}; allowed are the parts that this policy learns, {', '.join(present)}: "
-                "choose among those"
+                f"meta.only=[{','.join(only)}] leaves the generator untrained; allowed is that on top of a trained "
+                "policy alone: set start=ckpt.pt, or add generator"
             )
+        parts = {*parts, *(part for part in present if part not in only)}
     for name, tensor in learned.items():
         if part_of(name) in parts:
             tensor.requires_grad_(False)
     if not any(tensor.requires_grad for tensor in learned.values()):
         raise ConfigError(
-            f"meta.frozen=[{','.join(parts)}] leaves nothing to learn; allowed are all parts but one at most: "
-            "leave one out"
+            f"meta.frozen=[{','.join(part for part in present if part in parts)}] leaves nothing to learn; allowed are "
+            "all parts but one at most: leave one out"
         )

@@ -160,3 +160,11 @@ def test_own_images_and_a_choice_of_them(workspace: Path) -> None:
     assert meta_train([*few, "data=arrays", "source.images=clean.npy"]) == 0
     summary = json.loads((workspace / "own/summary.json").read_text())
     assert "report" not in summary and summary["config"]["tasks"]["flip"] is True
+
+
+def test_the_gate_recipe_learns_a_gate_on_top_of_a_policy_that_stays(workspace: Path) -> None:
+    (workspace / "ckpt.pt").rename("start.pt")
+    assert meta_train([*TINY_META, "recipe=gate", "start=start.pt", "meta.report_tasks=0", "out=gate"]) == 0
+    start, policy = load_policy("start.pt").state_dict(), load_policy("ckpt.pt").state_dict()
+    assert sorted(set(policy) - set(start)) == ["gate.bias", "gate.weights"]
+    assert_same({name: policy[name] for name in start}, dict(start))

@@ -44,6 +44,35 @@ def test_a_gate_is_learned_on_top_of_a_policy_that_stays_bit_for_bit() -> None:
     assert policy.training["config"]["frozen"] == list(FROZEN)
 
 
+def test_only_the_gate_learns_as_where_all_else_is_frozen() -> None:
+    start = trained()
+    frozen = weights_of(trained(start=start, update_rate=0.5, frozen=FROZEN))
+    only = weights_of(trained(start=start, update_rate=0.5, only=("gate",)))
+    assert all(torch.equal(only[name], tensor) for name, tensor in frozen.items())
+
+
+@pytest.mark.parametrize(
+    ("only", "with_start", "message"),
+    [
+        (
+            ("gate",),
+            False,
+            r"meta.only=\[gate\] leaves the generator untrained; .* set start=ckpt.pt, or add",
+        ),
+        (
+            ("rates",),
+            True,
+            r"meta.only names 'rates'; allowed are the parts that this policy learns, generator, .*gate",
+        ),
+        ((), True, r"meta.frozen=\[generator,.*gate.*\] leaves nothing to learn"),
+    ],
+)
+def test_what_alone_learns_is_checked(only: tuple[str, ...], with_start: bool, message: str) -> None:
+    start = trained() if with_start else None
+    with pytest.raises(ConfigError, match=message):
+        trainer_with(start=start, update_rate=0.5, only=only)
+
+
 def test_without_frozen_parts_training_goes_on_from_the_start() -> None:
     start = trained()
     trainer = trainer_with(start=start)
