@@ -79,7 +79,7 @@ def freeze(
         if not on_top and "generator" not in only:
             raise ConfigError(
                 f"meta.only=[{','.join(only)}] leaves the generator untrained; allowed is that on top of a trained "
-                "policy alone: set start=ckpt.pt, or add generator"
+                "policy alone: set start=start.pt, that policy's file, or add generator"
             )
         parts = {*parts, *(part for part in present if part not in only)}
     for name, tensor in learned.items():

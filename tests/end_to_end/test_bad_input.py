@@ -257,6 +257,7 @@ CASES = {
         weights_of("cifar_resnet20"),
     ),
     # Policies to start with
+    "gate recipe without a policy": Case("meta_train", [*TINY_META, "recipe=gate", "out=run"], "set start=start.pt"),
     "start missing": Case("meta_train", [*TINY_META, "start=none.pt", "out=run"], "no file 'none.pt'"),
     "start of another generator": Case(
         "meta_train",

@@ -57,7 +57,7 @@ def test_only_the_gate_learns_as_where_all_else_is_frozen() -> None:
         (
             ("gate",),
             False,
-            r"meta.only=\[gate\] leaves the generator untrained; .* set start=ckpt.pt, or add",
+            r"meta.only=\[gate\] leaves the generator untrained; .* set start=start.pt, that policy.*, or add",
         ),
         (
             ("rates",),
