@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from metaopt.activation_memory import Profiles
 from metaopt.configs import BenchmarkSettings, resolve_device, run_command
 from metaopt.configs.arms import Key, Results, arms
 from metaopt.configs.assemble import (
@@ -22,7 +23,6 @@ from metaopt.files import ensure_writable_folder
 from metaopt.measure import Monitor, progress
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.policy import check_source, load_policy
-from metaopt.sparsity import Profiles
 
 
 def run(settings: BenchmarkSettings) -> None:

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from metaopt.activation_memory import Precision
 from metaopt.configs.sections import (
     PRUNINGS,
     DataSection,
@@ -22,7 +23,6 @@ from metaopt.configs.sections import (
     check_weights,
 )
 from metaopt.errors import ConfigError
-from metaopt.sparsity import Rate
 
 SETTINGS = ("reset", "continual")
 MEMORIES = ("dense", "exact", "compact", "pruned")
@@ -237,7 +237,7 @@ class FootprintSettings:
     def __post_init__(self) -> None:
         """Check each value."""
         for bits in self.bits:
-            Rate(bits)  # refuses what it does not know
+            Precision(bits)  # refuses what it does not know
         for budget in self.budgets:
             check_positive("budgets", budget)
         for key, least in (("repeats", 1), ("batch_size", 1), ("seed", 0)):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from metaopt.activation_memory import ActivationMemory
 from metaopt.inner_loop.func import InPlaceApply
 from metaopt.inner_loop.unroll import MetaBatch, MetaLoss
 from metaopt.parameters import detached
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import PolicyState
-from metaopt.sparsity import ActivationMemory
 from metaopt.types import Parameters
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from metaopt.activation_memory.importance import gradient_importance, learning_layers
+from metaopt.activation_memory.learned_precision import LearnedPrecision
 from metaopt.inner_loop.func import gradients_of
 from metaopt.inner_loop.rates import RateProbe, Spoiled, soft_choices
 from metaopt.inner_loop.unroll import MetaBatch, Unroll
@@ -27,8 +29,6 @@ from metaopt.policy.response import opening, respond, sense
 from metaopt.policy.shift import Sensed
 from metaopt.policy.state import PolicyState, detached_state
 from metaopt.policy.taught import settle
-from metaopt.sparsity.head import LearnedRates
-from metaopt.sparsity.importance import gradient_importance, learning_layers
 from metaopt.types import Parameters, StepOutput
 
 
@@ -98,7 +98,7 @@ class FirstOrderUnroll(Unroll):
         count = min(self.config.term_steps or self.steps, self.steps)
         if self.policy.objective is not None and any(w.requires_grad for w in self.policy.objective.weights().values()):
             self.term_steps = frozenset(torch.randperm(self.steps, generator=self.generator)[:count].tolist())
-        if self.rates is not None and isinstance(self.policy.pruning, LearnedRates):
+        if self.rates is not None and isinstance(self.policy.pruning, LearnedPrecision):
             self.rate_step = int(torch.randint(self.steps, (), generator=self.generator))
 
     def _adapt(
@@ -174,7 +174,7 @@ class FirstOrderUnroll(Unroll):
         self, inner: list[tuple[Tensor, Parameters]], errors: dict[str, Tensor], leaves: Parameters, state: PolicyState
     ) -> tuple[Tensor, Parameters]:
         """What learned rates change of this step's gradient; it stands for all steps."""
-        assert isinstance(self.policy.pruning, LearnedRates) and self.rates is not None
+        assert isinstance(self.policy.pruning, LearnedPrecision) and self.rates is not None
         choices = soft_choices(self.policy.pruning, self.rates, leaves, state.pruning, float(self.steps))
         with torch.no_grad():
             exact = _weighed(inner)

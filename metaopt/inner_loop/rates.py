@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metaopt.sparsity.head import LearnedRates
-from metaopt.sparsity.importance import learning_layers
-from metaopt.sparsity.profile import as_kept
-from metaopt.sparsity.ratios import LayerTable
-from metaopt.sparsity.rules import PruningState
+from metaopt.activation_memory.allocation import AllocationState
+from metaopt.activation_memory.budget import LayerTable
+from metaopt.activation_memory.importance import learning_layers
+from metaopt.activation_memory.learned_precision import LearnedPrecision
+from metaopt.activation_memory.profile import as_kept
 from metaopt.types import Parameters
 
 
@@ -159,7 +159,9 @@ class Spoiled:
         return torch.stack([sizes[name] / total * value for name, value in self.noise.items()]).sum()
 
 
-def soft_choices(head: LearnedRates, task: RateTask, like: Parameters, state: PruningState, scale: float) -> Tensor:
+def soft_choices(
+    head: LearnedPrecision, task: RateTask, like: Parameters, state: AllocationState, scale: float
+) -> Tensor:
     """p, (L, R), whose derivative counts ``scale`` times: it stands for that many steps."""
     choices = head.soft_choices(task.table, list(learning_layers(like)), state, task.budget)
     fixed = choices.detach()

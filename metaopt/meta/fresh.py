@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from metaopt.activation_memory import LearnedPrecisionConfig
 from metaopt.experts import LearnedExperts, with_experts
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.loss import build_meta_loss
@@ -18,7 +19,6 @@ from metaopt.policy import (
     learned_prior,
     new_policy,
 )
-from metaopt.sparsity import RatesConfig
 from metaopt.types import Parameters
 
 
@@ -54,7 +54,7 @@ def fresh_policy(model: SourceModel, images: Tensor, config: MetaTrainConfig) ->
         config.objective,
         layout.names,
         learned_objective=learned,
-        rates=RatesConfig() if config.rates else None,
+        rates=LearnedPrecisionConfig() if config.rates else None,
         experts=experts,
         teacher=config.teacher,
         restoration=config.restoration,

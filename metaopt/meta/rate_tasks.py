@@ -5,13 +5,20 @@ import math
 import torch
 from torch import Tensor, nn
 
+from metaopt.activation_memory import (
+    ActivationMemory,
+    AllocationState,
+    LayerTable,
+    LearnedPrecision,
+    MemoryConfig,
+    Profiles,
+)
+from metaopt.activation_memory.budget import MIB
+from metaopt.activation_memory.importance import learning_layers
+from metaopt.activation_memory.learned_precision import bytes_over_budget
 from metaopt.inner_loop import RateTask
 from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy
-from metaopt.sparsity import ActivationMemory, LayerTable, LearnedRates, MemoryConfig, Profiles, PruningState
-from metaopt.sparsity.head import bytes_over_budget
-from metaopt.sparsity.importance import learning_layers
-from metaopt.sparsity.ratios import MIB
 from metaopt.types import Parameters
 
 LEAST_BUDGET = 1.1  # of the budgets that tasks have, times what a step holds at the cheapest rates
@@ -47,14 +54,14 @@ class RateTasks:
         configs = [MemoryConfig("pruned", _budget(table, position) / MIB) for position in SELECTION]
         return [ActivationMemory(config, self.policy.pruning, self._profiles) for config in configs]
 
-    def over_budget(self, task: RateTask, state: PruningState) -> int:
+    def over_budget(self, task: RateTask, state: AllocationState) -> int:
         """Bytes by which the soft choices of the rates exceed a task's budget; see ``bytes_over_budget``.
 
         Args:
             task: one of :meth:`sample`.
             state: what earlier gradients told of the layers.
         """
-        assert isinstance(self.policy.pruning, LearnedRates)
+        assert isinstance(self.policy.pruning, LearnedPrecision)
         with torch.no_grad():
             layers = list(learning_layers(self.parameters))
             choices = self.policy.pruning.soft_choices(task.table, layers, state, task.budget)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
 from metaopt.errors import CheckpointError
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
@@ -18,7 +19,6 @@ from metaopt.models import SourceModel
 from metaopt.online.guard import NONFINITE, RESTORED, SKIPPED, FiniteGuard
 from metaopt.policy import AdaptationPolicy, PolicyState, check_source
 from metaopt.policy.state import copied_state, state_from_list, state_to_list
-from metaopt.sparsity import ActivationMemory, MemoryConfig, Profiles
 from metaopt.types import Parameters, StepOutput
 
 FORMAT = "metaopt-online"
@@ -37,7 +37,7 @@ class OnlineAdapter:
         policy: a method; ``AdaptationPolicy.load("ckpt.pt")`` or one of ``build_method``. The adapter keeps a copy
             of it, on the model's device and in its type.
         memory: ``dense``: activations are kept as torch keeps them; ``exact``, ``compact`` or ``pruned``: see
-            :mod:`metaopt.sparsity.memory`.
+            :mod:`metaopt.activation_memory.engine`.
         budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
         profiles: what dry runs tell of the model, shared among adapters of one model and objective; None: its own.
 
@@ -64,7 +64,7 @@ class OnlineAdapter:
         reference = next(iter(self.layout.take(self.model).values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
         self.memory = ActivationMemory(MemoryConfig(memory, budget_mib), self.policy.pruning, profiles)
-        self.policy.pruning = self.memory.rule  # with nothing to choose, nothing is remembered of the layers either
+        self.policy.pruning = self.memory.allocation  # where nothing is to choose, nothing is remembered of layers
         self.guard = FiniteGuard()
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
         self.steps = 0  # batches seen since creation or reset

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metaopt.activation_memory import LearnedPrecision, LearnedPrecisionConfig
 from metaopt.errors import CheckpointError, MetaoptError
 from metaopt.experts import LearnedExperts, TeacherConfig
 from metaopt.files import atomic_save, safe_load
@@ -21,7 +22,6 @@ from metaopt.policy.initialization import LearnedInitialization
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.prior import LearnedPrior
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
-from metaopt.sparsity import LearnedRates, RatesConfig
 from metaopt.types import SourceStatistics
 
 FORMAT = "metaopt-policy"
@@ -55,7 +55,7 @@ def policy_to_dict(policy: AdaptationPolicy) -> dict[str, Any]:
     statistics, rates = policy.statistics, policy.pruning
     experts, teacher, restoration = policy.learned_experts, policy.teacher, policy.restoration
     parts = {  # that a policy may do without; a file without them says nothing of them
-        "rates": rates.config.to_dict() if isinstance(rates, LearnedRates) else None,
+        "rates": rates.config.to_dict() if isinstance(rates, LearnedPrecision) else None,
         "restoration": None if restoration is None else restoration.config.to_dict(),
         "gate": {} if isinstance(policy.gate, LearnedGate) else None,
         "experts": None if experts is None else experts.to_dict(),
@@ -119,7 +119,7 @@ def _build(values: Mapping[str, Any]) -> AdaptationPolicy:
         statistics=None
         if statistics is None
         else SourceStatistics(tuple(statistics["mean"]), tuple(statistics["std"])),
-        pruning=LearnedRates(RatesConfig(**values["rates"])) if "rates" in values else None,
+        pruning=LearnedPrecision(LearnedPrecisionConfig(**values["rates"])) if "rates" in values else None,
         restoration=SourceRestoration(RestorationConfig(**values["restoration"])) if "restoration" in values else None,
         gate=LearnedGate(**values["gate"]) if "gate" in values else None,
         prior=LearnedPrior(values["prior"]) if "prior" in values else None,

@@ -7,6 +7,14 @@ from typing import Any
 
 import torch
 
+from metaopt.activation_memory import (
+    ALLOCATIONS,
+    DEFAULT_ALLOCATION,
+    Allocation,
+    LearnedPrecision,
+    LearnedPrecisionConfig,
+    build_allocation,
+)
 from metaopt.errors import ConfigError
 from metaopt.experts import ExpertsConfig, LearnedExperts, TeacherConfig
 from metaopt.generator import HAND_MADE_RULES, GeneratorConfig, GradientGenerator
@@ -18,7 +26,6 @@ from metaopt.policy.initialization import LearnedInitialization
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.prior import FixedPrior, LearnedPrior, Prior
 from metaopt.policy.restoration import RestorationConfig, SourceRestoration
-from metaopt.sparsity import DEFAULT_RULE, PRUNING_RULES, LearnedRates, PruningRule, RatesConfig, build_rule
 from metaopt.types import SourceStatistics, UpdateRule
 
 UPDATES = ("none", *HAND_MADE_RULES, "generator")
@@ -196,16 +203,16 @@ def _generator(config: MethodConfig, policy: AdaptationPolicy | None) -> Gradien
     return generator
 
 
-def _pruning(config: MethodConfig, policy: AdaptationPolicy | None) -> PruningRule:
+def _pruning(config: MethodConfig, policy: AdaptationPolicy | None) -> Allocation:
     """The rule that is named; a policy that was meta-trained without a learned one allocates by its importance."""
     if config.pruning != "learned":
-        return build_rule(config.pruning)
+        return build_allocation(config.pruning)
     if policy is None:
         raise ConfigError(
             f"method {config.name!r} has pruning=learned and no policy; allowed without one are "
-            f"{', '.join(PRUNING_RULES)}: set method.pruning=rate_distortion, or give a policy"
+            f"{', '.join(ALLOCATIONS)}: set method.pruning=rate_distortion, or give a policy"
         )
-    return policy.pruning or build_rule(DEFAULT_RULE)
+    return policy.pruning or build_allocation(DEFAULT_ALLOCATION)
 
 
 def _restoration(config: MethodConfig, policy: AdaptationPolicy | None) -> SourceRestoration | None:
@@ -252,7 +259,7 @@ def new_policy(
     *,
     learned_objective: bool,
     statistics: SourceStatistics | None = None,
-    rates: RatesConfig | None = None,
+    rates: LearnedPrecisionConfig | None = None,
     experts: LearnedExperts | None = None,
     teacher: TeacherConfig | None = None,
     restoration: RestorationConfig | None = None,
@@ -273,7 +280,7 @@ def new_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rule = GradientGenerator(generator, tensors)
-        pruning = None if rates is None else LearnedRates(rates)
+        pruning = None if rates is None else LearnedPrecision(rates)
     weights = {name: weight for name, weight in objective.items() if weight != 0}
     return AdaptationPolicy(
         "policy",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from metaopt.activation_memory import ActivationMemory, Allocation
 from metaopt.experts import (
     ExpertsConfig,
     LearnedExperts,
@@ -42,7 +43,6 @@ from metaopt.policy.restoration import SourceRestoration
 from metaopt.policy.shift import init_reference
 from metaopt.policy.state import PolicyState
 from metaopt.policy.step import adaptation_step
-from metaopt.sparsity import ActivationMemory, PruningRule
 from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class AdaptationPolicy(nn.Module):
         rule: UpdateRule | None = None,
         statistics: SourceStatistics | None = None,
         seed: int = 0,
-        pruning: PruningRule | None = None,
+        pruning: Allocation | None = None,
         adapts: str = "norm",
         experts: ExpertsConfig | None = None,
         learned_experts: LearnedExperts | None = None,

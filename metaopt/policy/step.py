@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from metaopt.activation_memory import ActivationMemory
+from metaopt.activation_memory.engine import AfterStep
 from metaopt.parameters import detached
 from metaopt.policy.gate import stepped
 from metaopt.policy.response import opens, respond, sense
 from metaopt.policy.state import PolicyState
 from metaopt.policy.taught import settle
-from metaopt.sparsity import ActivationMemory
-from metaopt.sparsity.memory import Kept
 from metaopt.types import ApplyUpdate, Parameters, StepOutput
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _updated(
     def loss_of(some: Tensor) -> Tensor:
         return _loss(policy.evaluate(model, parameters, some, step, state.teacher))
 
-    plain = nullcontext(Kept(state.pruning))
+    plain = nullcontext(AfterStep(state.pruning))
     with plain if memory is None else memory.step(model, loss_of, parameters, state.pruning, images) as kept:
         output = policy.evaluate(model, parameters, images, step, state.teacher)
         updated, rule_state = apply(_loss(output), parameters, state.rule)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from metaopt.activation_memory import LayerTable, LearnedPrecision, Precision, Profile, SavedActivations
+from metaopt.activation_memory.importance import learning_layers
 from metaopt.errors import ConfigError
 from metaopt.inner_loop import RateTask, UnrollConfig, gradients_of, meta_gradient
 from metaopt.inner_loop.rates import RateProbe, Spoiled
@@ -12,8 +14,6 @@ from metaopt.meta.loss import build_meta_loss
 from metaopt.meta.selection import selection_loss
 from metaopt.parameters import adapted_layout, detached
 from metaopt.policy import policy_from_dict, policy_to_dict
-from metaopt.sparsity import LayerTable, LearnedRates, Profile, Rate, SavedActivations
-from metaopt.sparsity.importance import learning_layers
 
 from ..tiny import random_images, tiny_config, tiny_model, tiny_policy
 
@@ -26,7 +26,7 @@ def setting():
     policy, leaves = tiny_policy(MODEL), detached(OWN)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        policy.pruning = LearnedRates()
+        policy.pruning = LearnedPrecision()
 
     def loss_of(images: torch.Tensor) -> torch.Tensor:
         loss = policy.evaluate(MODEL, leaves, images).loss
@@ -36,7 +36,7 @@ def setting():
     return policy, leaves, loss_of, Profile(MODEL, loss_of, leaves, IMAGES).table(len(IMAGES))
 
 
-def kept_at(table: LayerTable, rate: Rate) -> torch.Tensor:
+def kept_at(table: LayerTable, rate: Precision) -> torch.Tensor:
     choices = torch.zeros(len(table.layers), len(table.menu))
     choices[:, table.menu.index(rate)] = 1.0
     return choices
@@ -56,9 +56,9 @@ def spoiled_by(choices: torch.Tensor, table: LayerTable, leaves, loss_of) -> tup
 def test_the_last_layers_gradient_is_the_engines(bits: int) -> None:
     """No coarser layer lies behind it, so nothing is left out."""
     _, leaves, loss_of, table = setting()
-    exact, spoiled = spoiled_by(kept_at(table, Rate(bits)), table, leaves, loss_of)
+    exact, spoiled = spoiled_by(kept_at(table, Precision(bits)), table, leaves, loss_of)
     found = spoiled.correction
-    with SavedActivations(MODEL, memory="pruned", default=Rate(bits)):
+    with SavedActivations(MODEL, memory="pruned", default=Precision(bits)):
         coded = gradients_of(loss_of(IMAGES), leaves)
     name = "module.bn2.weight"
     torch.testing.assert_close(exact[name] + found[name], coded[name], rtol=1e-3, atol=2e-5)
@@ -70,7 +70,7 @@ def test_the_last_layers_gradient_is_the_engines(bits: int) -> None:
 
 def test_noise_counts_by_what_the_layer_is_moved() -> None:
     _, leaves, loss_of, table = setting()
-    _, spoiled = spoiled_by(kept_at(table, Rate(2)), table, leaves, loss_of)
+    _, spoiled = spoiled_by(kept_at(table, Precision(2)), table, leaves, loss_of)
     one, two = "module.bn1.weight", "module.bn2.weight"
     assert set(spoiled.noise) == {one, two} and spoiled.noise[one] > 0
     for size in (0.0, 1.0, 3.0):
@@ -83,7 +83,7 @@ def test_noise_counts_by_what_the_layer_is_moved() -> None:
 
 def test_mixed_choices_are_as_noisy_as_their_mean() -> None:
     _, leaves, loss_of, table = setting()
-    coarse, fine = (kept_at(table, Rate(bits)) for bits in (2, 6))
+    coarse, fine = (kept_at(table, Precision(bits)) for bits in (2, 6))
     parts = [spoiled_by(choices, table, leaves, loss_of)[1] for choices in (coarse, fine, 0.25 * coarse + 0.75 * fine)]
     for name in parts[0].noise:
         low, high, mixed = (part.noise[name] for part in parts)
@@ -103,7 +103,7 @@ def test_the_price_of_noise_is_the_heads_alone_and_lowers_the_noise() -> None:
     """A small step of the head against the gradient that the price adds brings less noise, at the same bytes."""
     policy, leaves, loss_of, table = setting()
     head = policy.pruning
-    assert isinstance(head, LearnedRates)
+    assert isinstance(head, LearnedPrecision)
     with torch.no_grad():
         head.output.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     task = RateTask(table, int(1.3 * table.peak(table.costs.min(axis=1))))
@@ -135,7 +135,7 @@ def test_the_price_of_noise_is_the_heads_alone_and_lowers_the_noise() -> None:
 
 def test_the_meta_gradient_reaches_the_head_and_depends_on_the_budget() -> None:
     policy, _, _, table = setting()
-    assert isinstance(policy.pruning, LearnedRates)
+    assert isinstance(policy.pruning, LearnedPrecision)
     with torch.no_grad():
         policy.pruning.output.weight.add_(0.3)
     loss, batches = build_meta_loss("clean_teacher"), batches_of(range(4))
@@ -157,10 +157,10 @@ def test_meta_training_moves_the_head_and_its_file_brings_it_back() -> None:
         tiny_model(), random_images(32, 3), None, tiny_config(rates=True, epochs=1, select_best=False)
     )
     policy = trainer.run()
-    assert isinstance(policy.pruning, LearnedRates)
+    assert isinstance(policy.pruning, LearnedPrecision)
     assert bool((policy.pruning.output.weight != 0).any())
     loaded = policy_from_dict(policy_to_dict(policy))
-    assert isinstance(loaded.pruning, LearnedRates) and loaded.pruning.config == policy.pruning.config
+    assert isinstance(loaded.pruning, LearnedPrecision) and loaded.pruning.config == policy.pruning.config
     assert torch.equal(loaded.pruning.output.weight, policy.pruning.output.weight)
 
 
@@ -178,7 +178,7 @@ def test_a_run_logs_the_bytes_over_budget_and_selection_sees_the_rates(monkeypat
     trainer.run()
     assert len(logged) == trainer.counters.updates and min(logged) >= 0
     head, own = trainer.policy.pruning, selection_loss(trainer, trainer.selection)
-    assert isinstance(head, LearnedRates)
+    assert isinstance(head, LearnedPrecision)
     with torch.no_grad():
         head.output.weight.normal_(std=30.0, generator=torch.Generator().manual_seed(1))
     assert selection_loss(trainer, trainer.selection) != own

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from metaopt.activation_memory import Precision
+from metaopt.activation_memory.importance import learning_layers
 from metaopt.data import Domain, ImageSet, Stream, to_bytes
 from metaopt.measure import Monitor
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.online import run as module
 from metaopt.online.decisions import Decisions, stored_bits
 from metaopt.policy.gate import PeriodicGate
-from metaopt.sparsity import Rate
-from metaopt.sparsity.importance import learning_layers
 
 from ..tiny import random_images
 from .test_memory import new_adapter
@@ -32,8 +32,10 @@ def run(adapter: OnlineAdapter, monkeypatch: pytest.MonkeyPatch, folder: Path | 
     return made[0]
 
 
-@pytest.mark.parametrize(("rate", "bits"), [(Rate(4), 4.0), (Rate(32), 32.0), (Rate(3, 0.5), 2.5), (Rate(32, 0), 1.0)])
-def test_the_mask_of_a_pruned_layer_counts(rate: Rate, bits: float) -> None:
+@pytest.mark.parametrize(
+    ("rate", "bits"), [(Precision(4), 4.0), (Precision(32), 32.0), (Precision(3, 0.5), 2.5), (Precision(32, 0), 1.0)]
+)
+def test_the_mask_of_a_pruned_layer_counts(rate: Precision, bits: float) -> None:
     assert stored_bits(rate) == bits
 
 
@@ -43,7 +45,7 @@ def test_bits_are_the_mean_over_the_steps_of_a_domain(setting: str, monkeypatch:
     log = Decisions.log
 
     def watched(self: Decisions, domain: str, step: int) -> None:
-        seen.setdefault(domain, []).append({r.name: stored_bits(r.rate) for r in self.adapter.memory.layers})
+        seen.setdefault(domain, []).append({r.name: stored_bits(r.precision) for r in self.adapter.memory.layers})
         log(self, domain, step)
 
     monkeypatch.setattr(Decisions, "log", watched)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metaopt.activation_memory import ALLOCATIONS
 from metaopt.errors import BudgetError, ConfigError
 from metaopt.measure import MemoryMeter
 from metaopt.models import SourceModel
@@ -14,7 +15,6 @@ from metaopt.models.cifar_resnet import CifarResNet
 from metaopt.online import LayerMemory, OnlineAdapter
 from metaopt.online.layers import memory_rows
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
-from metaopt.sparsity import PRUNING_RULES
 
 from ..tiny import random_images
 
@@ -53,7 +53,7 @@ def metered(adapter: OnlineAdapter, images: Tensor) -> float:
 
 CHOOSING: dict[str, Callable[[], OnlineAdapter]] = {
     name: lambda name=name: new_adapter(pruning=name, budget=8.0 if name in ("published", "single_pass") else BUDGET)
-    for name in PRUNING_RULES
+    for name in ALLOCATIONS
 }
 
 
@@ -84,7 +84,7 @@ def test_exact_is_dense_up_to_rounding_and_holds_less() -> None:
 def test_compact_with_a_budget_drops_nothing() -> None:
     adapter = new_adapter("compact", BUDGET)
     assert metered(adapter, BATCHES[0]) <= BUDGET
-    assert {record.rate.keep for record in adapter.memory.layers} == {1.0}
+    assert {record.precision.keep for record in adapter.memory.layers} == {1.0}
 
 
 @pytest.mark.parametrize("memory", ["dense", "exact"])
@@ -94,7 +94,7 @@ def test_a_budget_needs_something_to_choose(memory: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [None, 8.0])
-@pytest.mark.parametrize("pruning", [name for name in PRUNING_RULES if name != "published"])
+@pytest.mark.parametrize("pruning", [name for name in ALLOCATIONS if name != "published"])
 def test_a_step_takes_one_forward_pass(pruning: str, budget: float | None) -> None:
     assert passes(pruning, budget) == [24, 24]
 

@@ -1,0 +1,193 @@
+"""How the steps of one deployment keep their activations: the mode, the allocation and the budget, around each step.
+
+``dense``   torch as it is.
+``exact``   what backward does not need is not kept; gradients are equal up to rounding.
+``compact`` everything that is kept is coded; with a budget, at the bits that it allows.
+``pruned``  bits and keep ratio of each layer by the allocation, under the budget.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.activation_memory.allocation import Allocation, AllocationState, build_allocation
+from metaopt.activation_memory.budget import MIB, LayerTable
+from metaopt.activation_memory.importance import gradient_importance, learning_layers
+from metaopt.activation_memory.profile import Profiles
+from metaopt.activation_memory.saved_activations import LayerRecord, SavedActivations
+from metaopt.data.seeding import generator_for
+from metaopt.errors import ConfigError
+from metaopt.types import Parameters
+
+MEMORIES = ("dense", "exact", "compact", "pruned")
+DEFAULT_ALLOCATION = "rate_distortion"
+
+LossOf = Callable[[Tensor], Tensor]
+"""The step's own loss on images (n, 3, H, W), a scalar that carries the graph of one forward pass."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is kept for backward, and how much of it."""
+
+    memory: str = "dense"
+    budget_mib: float | None = None  # bounds all that is held for backward at once; None: no bound
+
+    def __post_init__(self) -> None:
+        """Check the mode, the budget, and that they go together."""
+        if self.memory not in MEMORIES:
+            raise ConfigError(f"memory is {self.memory!r}; allowed are {', '.join(MEMORIES)}: choose one")
+        budget = self.budget_mib
+        if budget is None:
+            return
+        if not (math.isfinite(budget) and budget > 0):
+            raise ConfigError(f"budget_mib is {budget}; it must be positive and finite: set for example 64")
+        if self.memory in ("dense", "exact"):
+            raise ConfigError(
+                f"budget_mib={budget:g} does not go with memory={self.memory}, which leaves no choice; allowed are "
+                "compact and pruned: set memory=pruned"
+            )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether an allocation chooses the precisions."""
+        return self.memory == "pruned" or self.budget_mib is not None
+
+
+@dataclass
+class AfterStep:
+    """What an allocation is to remember of one step: told when the context of :meth:`ActivationMemory.step` is left."""
+
+    state: AllocationState | None
+
+
+class ActivationMemory:
+    """Around each step: chooses the precisions, keeps the activations at them, and watches the gradients.
+
+    It has no state of its own beside what a dry run told of the model, which is the same for every batch of a shape.
+
+    Args:
+        config: mode and budget.
+        allocation: chooses the precisions, where the mode leaves a choice; None for :data:`DEFAULT_ALLOCATION`.
+        profiles: what dry runs tell, shared with others that run the same model under the same loss; None: its own.
+    """
+
+    def __init__(
+        self, config: MemoryConfig, allocation: Allocation | None = None, profiles: Profiles | None = None
+    ) -> None:
+        self.config = config
+        self.allocation = (allocation or build_allocation(DEFAULT_ALLOCATION)) if config.chooses else None
+        self.layers: list[LayerRecord] = []  # what the latest step kept
+        self.profiles = profiles or Profiles()
+
+    @property
+    def budget(self) -> int | None:
+        """The budget in bytes."""
+        return None if self.config.budget_mib is None else int(self.config.budget_mib * MIB)
+
+    @contextmanager
+    def step(
+        self, model: nn.Module, loss_of: LossOf, parameters: Parameters, state: AllocationState | None, images: Tensor
+    ) -> Iterator[AfterStep]:
+        """Inside it, the forward passes of ``model`` keep what they should, until their backward is done.
+
+        Args:
+            model: source model.
+            loss_of: the step's loss, for passes that only look.
+            parameters: adapted tensors, which require gradients.
+            state: the allocation's state before the step.
+            images: (B, 3, H, W).
+
+        Raises:
+            ConfigError: the budget is below what the cheapest precisions need for this batch.
+        """
+        kept = AfterStep(state)
+        if self.config.memory == "dense":
+            yield kept
+            return
+        if self.allocation is None or state is None:
+            with SavedActivations(model, memory=self.config.memory) as saved:
+                yield kept
+            self.layers = saved.layers
+            return
+        allocation, learning = self.allocation, learning_layers(parameters)
+        if allocation.extra_samples:
+            state = allocation.observe(self._extra_pass(model, loss_of, parameters, learning, state, images), state)
+        precisions = allocation.precisions(
+            self._table(model, loss_of, parameters, images), list(learning), state, self.budget
+        )
+        with (
+            _watched(parameters) as gradients,
+            SavedActivations(model, memory="pruned", precisions=precisions) as saved,
+        ):
+            yield kept
+        self.layers, kept.state = saved.layers, state
+        if not allocation.extra_samples and all(name in gradients for name in learning.values()):
+            kept.state = allocation.observe(gradient_importance(gradients, learning), state)
+
+    def prepare(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> None:
+        """Dry runs now rather than in the first step on such a batch."""
+        if self.allocation is not None:
+            self._table(model, loss_of, parameters, images)
+            if self.allocation.extra_samples and self.budget is not None:
+                self._table(model, loss_of, parameters, images[: self.allocation.extra_samples])
+
+    def _extra_pass(
+        self,
+        model: nn.Module,
+        loss_of: LossOf,
+        parameters: Parameters,
+        learning: Mapping[str, str],
+        state: AllocationState,
+        images: Tensor,
+    ) -> Tensor:
+        """GI of each learning layer on a few random images of the batch, drawn by the number of the step."""
+        assert self.allocation is not None
+        order = torch.randperm(len(images), generator=generator_for("published importance", int(state.steps)))
+        few = images[order[: self.allocation.extra_samples].to(images.device)]
+        with self._looking(model, loss_of, parameters, few):
+            loss = loss_of(few)
+            names = list(learning.values())
+            gradients = torch.autograd.grad(
+                loss, [parameters[name] for name in names], allow_unused=True, materialize_grads=True
+            )
+        return gradient_importance(dict(zip(names, gradients, strict=True)), learning)
+
+    def _looking(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> SavedActivations:
+        """How a pass that only looks keeps its activations: within the same budget."""
+        if self.budget is None:
+            return SavedActivations(model, memory="exact")
+        table = self._table(model, loss_of, parameters, images)
+        return SavedActivations(
+            model, memory="pruned", precisions=build_allocation("uniform").precisions(table, (), _NOTHING, self.budget)
+        )
+
+    def _table(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> LayerTable:
+        prunes = self.config.memory == "pruned"
+        return self.profiles.table(model, loss_of, parameters, images, prunes=prunes)
+
+
+_NOTHING = AllocationState(torch.zeros(0), torch.zeros((), dtype=torch.int64))
+
+
+@contextmanager
+def _watched(parameters: Parameters) -> Iterator[Parameters]:
+    """Collects the gradients that the backward passes inside bring; the last pass counts."""
+    gradients: Parameters = {}
+
+    def note(name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            gradients[name] = gradient.detach()
+
+        return hook
+
+    handles = [tensor.register_hook(note(name)) for name, tensor in parameters.items() if tensor.requires_grad]
+    try:
+        yield gradients
+    finally:
+        for handle in handles:
+            handle.remove()
