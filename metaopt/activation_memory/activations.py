@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metaopt.activation_memory.codes import Affine, Bits, Table
-from metaopt.activation_memory.packs import Derived, Packed
+from metaopt.activation_memory.codes import Bits, Table
 from metaopt.activation_memory.store import SMALL, Call, Store
+from metaopt.activation_memory.uniform import Affine
 
 _aten = torch.ops.aten
 
 
-def relu(store: Store, call: Call) -> str:
+def relu(store: Store, call: Call) -> None:
     """The mask: from how the normalised activation right before it is stored, else one bit an entry.
 
     Codes have a bin's edge where the sign changes, and what is lossless tells it too; half floats would not.
@@ -33,74 +33,44 @@ def relu(store: Store, call: Call) -> str:
             slot.fill(call.source)
         else:
             # The result is never negative; and not zero is several times as fast a test as greater than zero.
-            slot.fill(Bits(slot.saved, lambda piece: piece.bool(), (0.0, 1.0), store.counter))
-    _remember(store, call)
-    return "relu"
+            slot.fill(Bits(slot.saved, store.counter, lambda piece: piece.bool()))
+    call.remember_result(store)
 
 
-def _remember(store: Store, call: Call) -> None:
-    """Where the input can be computed, so can the output."""
-    source, function, rest, named = call.source, call.function, call.arguments[1:], dict(call.named)
-    if source is None or function is None or not isinstance(call.result, Tensor):
-        return
-    named.pop("input", None)
-    store.remember(call.result, Derived(lambda: function(source.unpack(), *rest, **named), source))
+def _region(store: Store, call: Call, inside: Callable[[Tensor], Tensor], points: tuple[float, float]) -> None:
+    """Backward asks only whether an entry is inside: one bit, which comes back as a point outside or one inside."""
+    for slot in call.open:
+        if slot.saved.is_floating_point() and slot.saved.numel() >= SMALL:
+            slot.fill(Bits(slot.saved, store.counter, inside, points))
+    call.remember_result(store)
 
 
-class Region(NamedTuple):
-    """Backward asks only whether an entry lies within a region: the test, and a point outside of it and one inside."""
-
-    kind: str
-    test: Callable[[Call], Callable[[Tensor], Tensor]]
-    points: Callable[[Call], tuple[float, float]]
-
-    def __call__(self, store: Store, call: Call) -> str:
-        """One bit an entry."""
-        for slot in call.open:
-            if slot.saved.is_floating_point() and slot.saved.numel() >= SMALL:
-                slot.fill(Bits(slot.saved, self.test(call), self.points(call), store.counter))
-        _remember(store, call)
-        return self.kind
+def hardtanh(store: Store, call: Call) -> None:
+    """F.hardtanh(input, min_val, max_val), and F.relu6(input)."""
+    low, high = float(call.get(1, "min_val", -1.0)), float(call.get(2, "max_val", 1.0))
+    if call.function is functional.relu6:
+        low, high = 0.0, 6.0
+    _region(store, call, lambda piece: (piece > low) & (piece < high), (low - 1.0, (low + high) / 2))
 
 
-def _hardtanh_bounds(call: Call) -> tuple[float, float]:
-    if call.function in (functional.relu6, torch.nn.functional.relu6):
-        return 0.0, 6.0
-    return float(call.get(1, "min_val", -1.0)), float(call.get(2, "max_val", 1.0))
+def hardsigmoid(store: Store, call: Call) -> None:
+    """F.hardsigmoid(input), which rises between -3 and 3."""
+    _region(store, call, lambda piece: (piece > -3) & (piece < 3), (-4.0, 0.0))
 
 
-def _between(call: Call) -> Callable[[Tensor], Tensor]:
-    low, high = _hardtanh_bounds(call)
-    return lambda piece: (piece > low) & (piece < high)
-
-
-def _bound_points(call: Call) -> tuple[float, float]:
-    low, high = _hardtanh_bounds(call)
-    return low - 1.0, (low + high) / 2
-
-
-hardtanh = Region("hardtanh", _between, _bound_points)
-hardsigmoid = Region("hardsigmoid", lambda _: lambda piece: (piece > -3) & (piece < 3), lambda _: (-4.0, 0.0))
-leaky_relu = Region("leaky_relu", lambda _: lambda piece: piece > 0, lambda _: (-1.0, 1.0))
+def leaky_relu(store: Store, call: Call) -> None:
+    """F.leaky_relu(input, negative_slope)."""
+    _region(store, call, lambda piece: piece > 0, (-1.0, 1.0))
 
 
 class Smooth(NamedTuple):
     """A smooth activation: its derivative, and the stretch on which that takes all its values, rising."""
 
-    kind: str
     derivative: Callable[[Tensor], Tensor]
     start: float
     stop: float
 
-    def table(self, bits: int) -> tuple[Tensor, float, float]:
-        """Points with evenly spaced derivatives, the least derivative, and the distance of neighbours."""
-        points = torch.linspace(self.start, self.stop, 2**14, dtype=torch.float64)
-        slopes = self.derivative(points)
-        least, step = float(slopes[0]), float(slopes[-1] - slopes[0]) / (2**bits - 1)
-        wanted = least + step * torch.arange(2**bits, dtype=torch.float64)
-        return points[torch.searchsorted(slopes, wanted).clamp(max=len(points) - 1)], least, step
-
-    def __call__(self, store: Store, call: Call) -> str:
+    def __call__(self, store: Store, call: Call) -> None:
         """From what the input is known by, else the derivative's codes."""
         for slot in call.open:
             saved = slot.saved
@@ -110,10 +80,9 @@ class Smooth(NamedTuple):
                 slot.fill(call.source)
             elif store.precision.bits < 16:
                 slot.fill(self._coded(saved, store))
-        _remember(store, call)
-        return self.kind
+        call.remember_result(store)
 
-    def _coded(self, saved: Tensor, store: Store) -> Packed:
+    def _coded(self, saved: Tensor, store: Store) -> Table:
         bits = store.precision.bits
         points, least, step = _table(self, bits)
 
@@ -126,42 +95,32 @@ class Smooth(NamedTuple):
 
 @cache
 def _table(activation: Smooth, bits: int) -> tuple[Tensor, float, float]:
-    return activation.table(bits)
+    """Points with evenly spaced derivatives, the least derivative, and the distance of neighbours."""
+    points = torch.linspace(activation.start, activation.stop, 2**14, dtype=torch.float64)
+    slopes = activation.derivative(points)
+    least, step = float(slopes[0]), float(slopes[-1] - slopes[0]) / (2**bits - 1)
+    wanted = least + step * torch.arange(2**bits, dtype=torch.float64)
+    return points[torch.searchsorted(slopes, wanted).clamp(max=len(points) - 1)], least, step
 
 
-def _slope(backward: Callable[..., Tensor], *more: object, **named: object) -> Callable[[Tensor], Tensor]:
+def _slope(backward: Callable[..., Tensor], **named: object) -> Callable[[Tensor], Tensor]:
     """f′ by torch's own backward kernel, on a gradient of ones."""
-    return lambda x: backward(torch.ones((), dtype=x.dtype, device=x.device).expand_as(x), x, *more, **named)
+    return lambda x: backward(torch.ones((), dtype=x.dtype, device=x.device).expand_as(x), x, **named)
 
 
-gelu = Smooth("gelu", _slope(_aten.gelu_backward, approximate="none"), -(2**0.5), 2**0.5)
-gelu_tanh = Smooth("gelu", _slope(_aten.gelu_backward, approximate="tanh"), -1.4191, 1.4191)
-silu = Smooth("silu", _slope(_aten.silu_backward), -2.39936, 2.39936)
-hardswish = Smooth("hardswish", _slope(_aten.hardswish_backward), -2.99999, 2.99999)
-mish = Smooth("mish", _slope(_aten.mish_backward), -2.25586, 1.49049)
+_exact_gelu = Smooth(_slope(_aten.gelu_backward, approximate="none"), -(2**0.5), 2**0.5)
+_tanh_gelu = Smooth(_slope(_aten.gelu_backward, approximate="tanh"), -1.4191, 1.4191)
+silu = Smooth(_slope(_aten.silu_backward), -2.39936, 2.39936)
+hardswish = Smooth(_slope(_aten.hardswish_backward), -2.99999, 2.99999)
+mish = Smooth(_slope(_aten.mish_backward), -2.25586, 1.49049)
 
 
-def any_gelu(store: Store, call: Call) -> str:
+def gelu(store: Store, call: Call) -> None:
     """F.gelu(input, approximate): the exact function, or its approximation by tanh."""
-    return (gelu_tanh if call.named.get("approximate", "none") == "tanh" else gelu)(store, call)
+    (_tanh_gelu if call.named.get("approximate", "none") == "tanh" else _exact_gelu)(store, call)
 
 
-def by_result(store: Store, call: Call) -> str:
+def by_result(store: Store, call: Call) -> None:
     """Sigmoid and tanh, whose derivative torch makes of the output, which lies between fixed bounds."""
     for slot in call.slots_of(call.result):
         slot.fill(store.codes(slot.saved))
-    return "sigmoid"
-
-
-ACTIVATION_HANDLERS: dict[Callable | None, Callable] = {
-    **dict.fromkeys((functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), relu),
-    **dict.fromkeys((functional.relu6, functional.hardtanh, functional.hardtanh_), hardtanh),
-    functional.hardsigmoid: hardsigmoid,
-    **dict.fromkeys((functional.leaky_relu, functional.leaky_relu_), leaky_relu),
-    functional.gelu: any_gelu,
-    functional.silu: silu,
-    functional.hardswish: hardswish,
-    functional.mish: mish,
-    **dict.fromkeys((functional.sigmoid, torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_), by_result),
-    **dict.fromkeys((functional.tanh, torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_), by_result),
-}

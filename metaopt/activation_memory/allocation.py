@@ -1,10 +1,10 @@
 """Allocations: pure ``init`` / ``precisions`` / ``observe``, from the layers' gradients to what is kept of each.
 
-An allocation without learned tensors is two functions: where the layers' importance comes from, and what it becomes
-within the budget.
+One without learned tensors is two functions: where the layers' importance comes from, and what it becomes within the
+budget.
 
 =============== ======================================================== ====================================
-allocation            importance                                               onto the budget
+allocation      importance                                               onto the budget
 =============== ======================================================== ====================================
 published       SURGEON's, from an extra pass on 10 images of each batch float32 keep ratios, one common factor
 single_pass     SURGEON's, from the running GI of the steps before       float32 keep ratios, one common factor
@@ -15,19 +15,20 @@ random          drawn once                                               bits an
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metaopt.activation_memory.budget import LayerTable, allocate, scale_ratios, uniform_choice
+from metaopt.activation_memory.budget import allocate, best_uniform, scale_ratios
 from metaopt.activation_memory.importance import layer_importance, learning_layers, match_layers
-from metaopt.activation_memory.packs import Precision
+from metaopt.activation_memory.layer_table import LayerTable
+from metaopt.activation_memory.precision import Precision
 from metaopt.data.seeding import generator_for
 from metaopt.errors import ConfigError
 from metaopt.types import Parameters
@@ -42,24 +43,17 @@ class AllocationState(NamedTuple):
     steps: Tensor  # gradients seen, scalar int64
 
 
-Importance = Callable[[LayerTable, Sequence[str], AllocationState], NDArray[numpy.float64]]
-"""I_l of each layer of the table, (L,), from the names of the layers that the state speaks of, and the state."""
-
-Projection = Callable[[LayerTable, NDArray[numpy.float64], int | None], dict[str, Precision]]
-"""The precision of each layer by its name, from I_l and a budget in bytes; None for no limit."""
-
-
-class Allocation(Protocol):
+class Allocation:
     """Decides each layer's precision before a forward pass, and learns from the gradients after it."""
 
-    @property
-    def extra_samples(self) -> int:
-        """Images of every batch whose own backward pass gives the importance; 0: the real backward pass gives it."""
-        ...
+    extra_samples: int = 0  # images of every batch whose own backward gives the importance; 0: the real one gives it
+    decay: float = DECAY  # of the running GI; 0: the latest replaces the one before
 
     def init(self, parameters: Parameters) -> AllocationState:
-        """State before the first step."""
-        ...
+        """State before the first step: nothing seen yet."""
+        device = next(iter(parameters.values())).device
+        importance = torch.zeros(len(learning_layers(parameters)), dtype=torch.float32, device=device)
+        return AllocationState(importance, torch.zeros((), dtype=torch.int64))
 
     def precisions(
         self, table: LayerTable, learning: Sequence[str], state: AllocationState, budget: int | None
@@ -75,45 +69,37 @@ class Allocation(Protocol):
         Raises:
             ConfigError: the budget is below what the cheapest precisions need.
         """
-        ...
+        raise NotImplementedError
 
     def observe(self, importance: Tensor, state: AllocationState) -> AllocationState:
-        """State after a backward pass whose GI was ``importance``, (n,)."""
-        ...
+        """State after a backward pass whose GI was ``importance``, (n,).
+
+        The plain mean of the first, until the exponential one is the slower of the two.
+        """
+        weight = max(1.0 - self.decay, 1.0 / (int(state.steps) + 1))
+        return AllocationState(torch.lerp(state.importance, importance, weight), state.steps + 1)
 
 
-def fresh_state(parameters: Parameters) -> AllocationState:
-    """Nothing seen yet."""
-    first = next(iter(parameters.values()))
-    count = len(learning_layers(parameters))
-    return AllocationState(
-        torch.zeros(count, dtype=torch.float32, device=first.device), torch.zeros((), dtype=torch.int64)
-    )
+Importance = Callable[[LayerTable, Sequence[str], AllocationState], NDArray[numpy.float64]]
+"""I_l of each layer of the table, (L,), from the names of the layers that the state speaks of, and the state."""
 
-
-def running_mean(importance: Tensor, state: AllocationState, decay: float = DECAY) -> AllocationState:
-    """State after another GI: the plain mean of the first, until the exponential one is the slower of the two."""
-    weight = max(1.0 - decay, 1.0 / (int(state.steps) + 1))
-    return AllocationState(torch.lerp(state.importance, importance, weight), state.steps + 1)
+Projection = Callable[[LayerTable, NDArray[numpy.float64], int | None], dict[str, Precision]]
+"""The precision of each layer by its name, from I_l and a budget in bytes; None for no limit."""
 
 
 @dataclass(frozen=True)
-class ComposedAllocation:
-    """An allocation without learned tensors. A run's first batch has no gradient yet: all layers are alike."""
+class ComposedAllocation(Allocation):
+    """One without learned tensors. The first batch of a run has no gradient yet and treats all layers alike."""
 
     importance: Importance
     projection: Projection
     extra_samples: int = 0
-    decay: float = DECAY  # of the running GI; 0: the latest replaces the one before
+    decay: float = DECAY
 
     def __post_init__(self) -> None:
         """Check the decay."""
         if not 0.0 <= self.decay < 1.0:
             raise ConfigError(f"the decay of the running importance is {self.decay}; allowed is [0, 1): set 0.9")
-
-    def init(self, parameters: Parameters) -> AllocationState:
-        """Nothing seen yet."""
-        return fresh_state(parameters)
 
     def precisions(
         self, table: LayerTable, learning: Sequence[str], state: AllocationState, budget: int | None
@@ -121,15 +107,10 @@ class ComposedAllocation:
         """The importance, projected onto the budget."""
         return self.projection(table, self.importance(table, learning, state), budget)
 
-    def observe(self, importance: Tensor, state: AllocationState) -> AllocationState:
-        """Running mean of GI."""
-        return running_mean(importance, state, self.decay)
-
 
 def published_importance(table: LayerTable, learning: Sequence[str], state: AllocationState) -> NDArray[numpy.float64]:
     """SURGEON's I_l, (L,) in [0, 1]; ones before the first gradient."""
-    matched = match_layers(table.names, learning)
-    gradient = state.importance.cpu().double()[matched]
+    gradient = state.importance.cpu().double()[match_layers(table.names, learning)]
     return layer_importance(gradient, torch.from_numpy(table.dense_bytes).double()).numpy()
 
 
@@ -138,40 +119,38 @@ def equal_importance(table: LayerTable, learning: Sequence[str], state: Allocati
     return numpy.ones(len(table.layers))
 
 
-def random_importance(
-    table: LayerTable, learning: Sequence[str], state: AllocationState, seed: int = 0
-) -> NDArray[numpy.float64]:
+def random_importance(table: LayerTable, learning: Sequence[str], state: AllocationState) -> NDArray[numpy.float64]:
     """Drawn once, log-uniform over three decades, (L,): what any importance has to beat as well."""
-    drawn = torch.rand(len(table.layers), generator=generator_for("pruning", seed), dtype=torch.float64)
+    drawn = torch.rand(len(table.layers), generator=generator_for("pruning", 0), dtype=torch.float64)
     return (-drawn * math.log(1000.0)).exp().numpy()
 
 
 def least_distortion(table: LayerTable, importance: NDArray[numpy.float64], budget: int | None) -> dict[str, Precision]:
     """The rate-distortion allocation for I_l; without a budget the best precision for all."""
-    return table.precisions(allocate(table, importance, budget))
+    return table.chosen(allocate(table, importance, budget))
 
 
-def best_uniform(table: LayerTable, importance: NDArray[numpy.float64], budget: int | None) -> dict[str, Precision]:
-    """The best one for all layers, whatever their importance."""
-    return table.precisions([uniform_choice(table, budget)] * len(table.layers))
+def same_for_all(table: LayerTable, importance: NDArray[numpy.float64], budget: int | None) -> dict[str, Precision]:
+    """The best precision that all layers can have, whatever their importance."""
+    return best_uniform(table, budget)
 
 
 ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
     "published": partial(ComposedAllocation, published_importance, scale_ratios, extra_samples=10, decay=0.0),
     "single_pass": partial(ComposedAllocation, published_importance, scale_ratios),
     "rate_distortion": partial(ComposedAllocation, published_importance, least_distortion),
-    "uniform": partial(ComposedAllocation, equal_importance, best_uniform),
+    "uniform": partial(ComposedAllocation, equal_importance, same_for_all),
     "random": partial(ComposedAllocation, random_importance, least_distortion),
 }
 """Allocations without learned tensors, by the name that ``method.pruning`` calls them."""
 
 
-def build_allocation(name: str, allocations: Mapping[str, Callable[[], Allocation]] = ALLOCATIONS) -> Allocation:
+def build_allocation(name: str) -> Allocation:
     """The allocation of that name.
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in allocations:
-        raise ConfigError(f"method.pruning is {name!r}; allowed are {', '.join(allocations)}: choose one")
-    return allocations[name]()
+    if name not in ALLOCATIONS:
+        raise ConfigError(f"method.pruning is {name!r}; allowed are {', '.join(ALLOCATIONS)}: choose one")
+    return ALLOCATIONS[name]()

@@ -1,4 +1,4 @@
-"""What a step holds at each moment of its backward pass, seen in a dry run at the cheapest precisions.
+"""What a step holds at each moment of its backward pass, seen in a dry run at the cheapest precision.
 
 At a moment some layers still keep all that they kept, some a part, and some nothing; beside them there is what backward
 has unpacked, what is computed again, and what the loss keeps. The latter is the same at all precisions, or less at
@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from metaopt.activation_memory.budget import MIB
 from metaopt.activation_memory.byte_counter import OUTSIDE, Owner
-from metaopt.activation_memory.packs import Precision
+from metaopt.activation_memory.precision import Precision
 from metaopt.activation_memory.saved_activations import LayerRecord, SavedActivations
 from metaopt.measure import MemoryMeter
+from metaopt.measure.memory import MIB
 from metaopt.types import Parameters
 
 CHEAPEST = Precision(1)
@@ -30,7 +30,7 @@ CHEAPEST = Precision(1)
 
 @dataclass
 class BackwardTrace:
-    """One step at the cheapest precisions; moments go by whose tensor is unpacked, the forward's end by none."""
+    """One step; moments go by whose tensor is unpacked, the end of the forward pass by `OUTSIDE`."""
 
     records: list[LayerRecord]
     entries: dict[Owner, int]  # of what each call of a module kept
@@ -55,7 +55,7 @@ class BackwardTrace:
 def trace_backward(
     model: nn.Module, loss_of: Callable[[Tensor], Tensor], parameters: Parameters, images: Tensor
 ) -> BackwardTrace:
-    """Run one step at the cheapest precisions under the meter, and see what it holds when."""
+    """Run one step at the cheapest precision under the meter, and see what it holds when."""
     with (
         torch.enable_grad(),
         MemoryMeter([*parameters.values(), images], model=model) as meter,
@@ -70,21 +70,21 @@ def trace_backward(
         def packed() -> int:
             return sum(counter.packed.values()) - counter.packed[OUTSIDE]
 
-        found = BackwardTrace(saved.layers, {owner: counter.waiting[owner] for owner in alive()})
-        found.note(OUTSIDE, alive(), round(meter.held_mib * MIB) - packed())
+        trace = BackwardTrace(saved.layers, {owner: counter.waiting[owner] for owner in alive()})
+        trace.note(OUTSIDE, alive(), round(meter.held_mib * MIB) - packed())
         before, most = OUTSIDE, round(meter.peak_mib * MIB)
 
         def watch(owner: Owner, lent: int) -> None:
             nonlocal before, most
             peak = round(meter.peak_mib * MIB)
             if peak > most:  # since the moment before
-                found.note(before, set(), peak - packed())
+                trace.note(before, set(), peak - packed())
             held = round(meter.held_mib * MIB) + lent  # the meter counts what is lent once this returns
-            found.note(owner, alive(), held - packed())
+            trace.note(owner, alive(), held - packed())
             before, most = owner, max(most, peak, held)
 
         counter.on_lend = watch
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         watch(before, 0)
         counter.on_lend = None
-    return found
+    return trace

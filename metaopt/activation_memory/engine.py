@@ -7,20 +7,23 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from metaopt.activation_memory.allocation import Allocation, AllocationState, build_allocation
-from metaopt.activation_memory.budget import MIB, LayerTable
+from metaopt.activation_memory.budget import best_uniform
 from metaopt.activation_memory.importance import gradient_importance, learning_layers
+from metaopt.activation_memory.layer_table import LayerTable
 from metaopt.activation_memory.profile import Profiles
 from metaopt.activation_memory.saved_activations import LayerRecord, SavedActivations
 from metaopt.data.seeding import generator_for
 from metaopt.errors import ConfigError
+from metaopt.measure.memory import MIB
 from metaopt.types import Parameters
 
 MEMORIES = ("dense", "exact", "compact", "pruned")
@@ -105,29 +108,27 @@ class ActivationMemory:
         Raises:
             ConfigError: the budget is below what the cheapest precisions need for this batch.
         """
-        kept = AfterStep(state)
+        after, allocation = AfterStep(state), self.allocation
         if self.config.memory == "dense":
-            yield kept
+            yield after
             return
-        if self.allocation is None or state is None:
+        if allocation is None or state is None:
             with SavedActivations(model, memory=self.config.memory) as saved:
-                yield kept
+                yield after
             self.layers = saved.layers
             return
-        allocation, learning = self.allocation, learning_layers(parameters)
+        learning = learning_layers(parameters)
         if allocation.extra_samples:
-            state = allocation.observe(self._extra_pass(model, loss_of, parameters, learning, state, images), state)
-        precisions = allocation.precisions(
-            self._table(model, loss_of, parameters, images), list(learning), state, self.budget
-        )
-        with (
-            _watched(parameters) as gradients,
-            SavedActivations(model, memory="pruned", precisions=precisions) as saved,
-        ):
-            yield kept
-        self.layers, kept.state = saved.layers, state
+            few = _drawn(images, allocation.extra_samples, int(state.steps))
+            state = allocation.observe(self._importance(model, loss_of, parameters, few), state)
+            del few
+        table = self._table(model, loss_of, parameters, images)
+        chosen = allocation.precisions(table, list(learning), state, self.budget)
+        with _watched(parameters) as gradients, SavedActivations(model, memory="pruned", precisions=chosen) as saved:
+            yield after
+        self.layers, after.state = saved.layers, state
         if not allocation.extra_samples and all(name in gradients for name in learning.values()):
-            kept.state = allocation.observe(gradient_importance(gradients, learning), state)
+            after.state = allocation.observe(gradient_importance(gradients, learning), state)
 
     def prepare(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> None:
         """Dry runs now rather than in the first step on such a batch."""
@@ -136,42 +137,28 @@ class ActivationMemory:
             if self.allocation.extra_samples and self.budget is not None:
                 self._table(model, loss_of, parameters, images[: self.allocation.extra_samples])
 
-    def _extra_pass(
-        self,
-        model: nn.Module,
-        loss_of: LossOf,
-        parameters: Parameters,
-        learning: Mapping[str, str],
-        state: AllocationState,
-        images: Tensor,
-    ) -> Tensor:
-        """GI of each learning layer on a few random images of the batch, drawn by the number of the step."""
-        assert self.allocation is not None
-        order = torch.randperm(len(images), generator=generator_for("published importance", int(state.steps)))
-        few = images[order[: self.allocation.extra_samples].to(images.device)]
-        with self._looking(model, loss_of, parameters, few):
-            loss = loss_of(few)
-            names = list(learning.values())
-            gradients = torch.autograd.grad(
-                loss, [parameters[name] for name in names], allow_unused=True, materialize_grads=True
-            )
-        return gradient_importance(dict(zip(names, gradients, strict=True)), learning)
-
-    def _looking(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> SavedActivations:
-        """How a pass that only looks keeps its activations: within the same budget."""
+    def _importance(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> Tensor:
+        """GI of each learning layer from a pass that only looks, within the same budget."""
         if self.budget is None:
-            return SavedActivations(model, memory="exact")
-        table = self._table(model, loss_of, parameters, images)
-        return SavedActivations(
-            model, memory="pruned", precisions=build_allocation("uniform").precisions(table, (), _NOTHING, self.budget)
-        )
+            saved = SavedActivations(model, memory="exact")
+        else:
+            chosen = best_uniform(self._table(model, loss_of, parameters, images), self.budget)
+            saved = SavedActivations(model, memory="pruned", precisions=chosen)
+        learning = learning_layers(parameters)
+        leaves = [parameters[name] for name in learning.values()]
+        with saved:
+            found = torch.autograd.grad(loss_of(images), leaves, allow_unused=True, materialize_grads=True)
+        return gradient_importance(dict(zip(learning.values(), found, strict=True)), learning)
 
     def _table(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> LayerTable:
         prunes = self.config.memory == "pruned"
         return self.profiles.table(model, loss_of, parameters, images, prunes=prunes)
 
 
-_NOTHING = AllocationState(torch.zeros(0), torch.zeros((), dtype=torch.int64))
+def _drawn(images: Tensor, count: int, step: int) -> Tensor:
+    """A few random images of the batch, drawn by the number of the step."""
+    order = torch.randperm(len(images), generator=generator_for("published importance", step))
+    return images[order[:count].to(images.device)]
 
 
 @contextmanager
@@ -179,15 +166,11 @@ def _watched(parameters: Parameters) -> Iterator[Parameters]:
     """Collects the gradients that the backward passes inside bring; the last pass counts."""
     gradients: Parameters = {}
 
-    def note(name: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            gradients[name] = gradient.detach()
+    def note(name: str, gradient: Tensor) -> None:
+        gradients[name] = gradient.detach()
 
-        return hook
-
-    handles = [tensor.register_hook(note(name)) for name, tensor in parameters.items() if tensor.requires_grad]
-    try:
+    with ExitStack() as hooks:
+        for name, tensor in parameters.items():
+            if tensor.requires_grad:
+                hooks.callback(tensor.register_hook(partial(note, name)).remove)
         yield gradients
-    finally:
-        for handle in handles:
-            handle.remove()

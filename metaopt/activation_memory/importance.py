@@ -15,21 +15,14 @@ from torch import Tensor
 
 from metaopt.types import Parameters
 
-ROLES = (".weight", ".bias")
-
-
-def owner_of(name: str) -> str:
-    """Name of the layer that a tensor belongs to."""
-    return name.rpartition(".")[0]
-
 
 def learning_layers(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """The tensor whose gradient tells a layer's importance, by the name of the layer: its weight, else its bias."""
     found: dict[str, str] = {}
-    for role in ROLES:
-        for name in parameters:
-            if f".{name}".endswith(role):
-                found.setdefault(owner_of(name), name)
+    for name in parameters:
+        layer, _, role = name.rpartition(".")
+        if role == "weight" or (role == "bias" and layer not in found):
+            found[layer] = name
     order = {name: position for position, name in enumerate(parameters)}
     return dict(sorted(found.items(), key=lambda item: order[item[1]]))
 
@@ -60,10 +53,11 @@ def match_layers(names: Sequence[str], learning: Sequence[str]) -> list[int]:
         A position in ``learning`` for each of ``names``.
     """
     positions = {name: position for position, name in enumerate(learning)}
-    first = next((positions[name] for name in names if name in positions), 0)
+    latest = next((positions[name] for name in names if name in positions), 0)
     found: list[int] = []
     for name in names:
-        found.append(positions.get(name, found[-1] if found else first))
+        latest = positions.get(name, latest)
+        found.append(latest)
     return found
 
 

@@ -1,7 +1,9 @@
 """How a tensor lies in memory, and its pieces in that order: what codecs walk over."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +14,10 @@ CHUNK = 2**20
 """Elements that a codec handles at once: few enough for caches, and enough for several threads to share."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows ``start`` to ``stop`` of the physical view, and where their codes lie."""
+class Piece(NamedTuple):
+    """Some rows of the physical view, and where their codes lie."""
 
-    start: int
-    stop: int
+    rows: slice
     elements: int
     groups: int  # of `GROUP` codes, the last one padded
     first_group: int
@@ -43,11 +43,6 @@ class Layout:
         order = tuple(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))
         return cls(tuple(tensor.shape), order, tensor.dtype, tensor.device)
 
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return int(torch.Size(self.shape).numel())
-
     def physical(self, tensor: Tensor) -> Tensor:
         """A tensor of this shape, or one that broadcasts to it dimension by dimension, in memory order."""
         return tensor.permute(self.order)
@@ -61,17 +56,12 @@ class Layout:
     def pieces(self) -> Iterator[Piece]:
         """Runs of rows of about `CHUNK` elements."""
         rows = self.shape[self.order[0]]
-        width = max(1, self.numel // max(1, rows))
+        width = max(1, math.prod(self.shape) // max(1, rows))
         step = max(1, CHUNK // width)
-        first = 0
+        first_group = 0
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             elements = (stop - start) * width
             groups = -(-elements // GROUP)
-            yield Piece(start, stop, elements, groups, first)
-            first += groups
-
-    @property
-    def groups(self) -> int:
-        """Groups of all pieces together."""
-        return sum(piece.groups for piece in self.pieces())
+            yield Piece(slice(start, stop), elements, groups, first_group)
+            first_group += groups

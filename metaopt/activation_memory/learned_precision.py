@@ -15,18 +15,18 @@ from one Newton step at the solution, which is the implicit function theorem's.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metaopt.activation_memory.allocation import DECAY, AllocationState, fresh_state, running_mean
-from metaopt.activation_memory.budget import LayerTable, allocate
+from metaopt.activation_memory.allocation import DECAY, Allocation, AllocationState
+from metaopt.activation_memory.budget import allocate
 from metaopt.activation_memory.importance import layer_importance, match_layers
-from metaopt.activation_memory.packs import Precision
+from metaopt.activation_memory.layer_table import LayerTable
+from metaopt.activation_memory.precision import Precision
 from metaopt.errors import ConfigError
-from metaopt.types import Parameters
 
 KINDS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")  # any other has none of these bits
 FEATURES = 5 + len(KINDS)
@@ -53,40 +53,30 @@ class LearnedPrecisionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives for a checkpoint."""
-        return {"hidden": self.hidden, "decay": self.decay, "temperature": self.temperature}
+        return asdict(self)
 
 
-class LearnedPrecision(nn.Module):
-    """A pruning allocation with learned tensors.
+class LearnedPrecision(nn.Module, Allocation):
+    """An allocation with learned tensors.
 
     Args:
         config: its sizes.
     """
 
-    extra_samples = 0
-
     def __init__(self, config: LearnedPrecisionConfig | None = None) -> None:
         super().__init__()
         self.config = config or LearnedPrecisionConfig()
+        self.decay = self.config.decay
         self.hidden = nn.Linear(FEATURES, self.config.hidden)
         self.output = nn.Linear(self.config.hidden, 1, bias=False)
         nn.init.zeros_(self.output.weight)
-
-    def init(self, parameters: Parameters) -> AllocationState:
-        """Nothing seen yet."""
-        return fresh_state(parameters)
-
-    def observe(self, importance: Tensor, state: AllocationState) -> AllocationState:
-        """Running mean of GI."""
-        return running_mean(importance, state, self.config.decay)
 
     @torch.no_grad()
     def precisions(
         self, table: LayerTable, learning: Sequence[str], state: AllocationState, budget: int | None
     ) -> dict[str, Precision]:
         """The rate-distortion allocation for the corrected importance; without a budget the best precision for all."""
-        importance = self.importance(table, learning, state, budget).cpu().double().numpy()
-        return table.precisions(allocate(table, importance, budget))
+        return table.chosen(_allocated(table, self.importance(table, learning, state, budget), budget))
 
     def importance(
         self, table: LayerTable, learning: Sequence[str], state: AllocationState, budget: int | None
@@ -104,19 +94,17 @@ class LearnedPrecision(nn.Module):
     def soft_choices(self, table: LayerTable, learning: Sequence[str], state: AllocationState, budget: int) -> Tensor:
         """p, (L, R): how much of each precision of the menu a layer gets; differentiable in the head."""
         importance = self.importance(table, learning, state, budget)
-        fixed = self._beside(table, importance, budget)
+        chosen = _allocated(table, importance, budget)
+        held = table.costs[range(len(chosen)), chosen]
+        beside = table.peak(held) - int(held.sum())  # the layers' bytes, at the hard allocation's fullest moment
         scale = 1.0 / float(table.dense_bytes.sum())
         cost = torch.as_tensor(table.costs * scale).to(importance)
-        error = torch.as_tensor(table.distortions).to(importance)
-        energy = importance.unsqueeze(1) * error
-        return soft_allocation(energy, cost, (budget - fixed) * scale, self.config.temperature)
+        energy = importance.unsqueeze(1) * torch.as_tensor(table.distortions).to(importance)
+        return soft_allocation(energy, cost, (budget - beside) * scale, self.config.temperature)
 
-    @staticmethod
-    def _beside(table: LayerTable, importance: Tensor, budget: int) -> int:
-        """What a step holds beside its layers' bytes at its fullest moment, under the hard allocation."""
-        chosen = allocate(table, importance.detach().cpu().double().numpy(), budget)
-        held = table.costs[range(len(chosen)), chosen]
-        return table.peak(held) - int(held.sum())
+
+def _allocated(table: LayerTable, importance: Tensor, budget: int | None) -> list[int]:
+    return allocate(table, importance.detach().cpu().double().numpy(), budget)
 
 
 def bytes_over_budget(table: LayerTable, choices: Tensor, budget: int) -> int:

@@ -6,7 +6,6 @@ in the number of images, so two points give them for any batch.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from metaopt.activation_memory.backward_trace import CHEAPEST, trace_backward
-from metaopt.activation_memory.budget import Layer, LayerTable
+from metaopt.activation_memory.distortion import distortion
 from metaopt.activation_memory.importance import learning_layers, match_layers
-from metaopt.activation_memory.packs import Precision
+from metaopt.activation_memory.layer_table import Layer, LayerTable
+from metaopt.activation_memory.precision import Precision
 from metaopt.activation_memory.saved_activations import LayerRecord, SavedActivations
 from metaopt.types import Parameters
 
@@ -30,21 +30,16 @@ MENU = (
 )
 """Precisions that an allocation chooses from; what is no bargain for a layer drops out by itself."""
 WHOLE = (Precision(32), Precision(16), Precision(8))  # measured, beside the cheapest; codes are affine in their bits
-PRUNED = (
-    Precision(4, 0.5),
-    Precision(4, 0.25),
-    Precision(3, 0.05),
-    Precision(32, 0.75),
-    Precision(32, 0.25),
-)  # measured as well
-RESERVE = 0.06  # of what a step holds at the cheapest precisions, for what the dry runs do not foresee
+PRUNED = tuple(Precision(*pair) for pair in ((4, 0.5), (4, 0.25), (3, 0.05), (32, 0.75), (32, 0.25)))  # measured, too
+RESERVE = 0.06  # of what a step holds at the cheapest precision, for what the dry runs do not foresee
 SLACK = 64  # bytes a layer, for codes that are rounded up to whole bytes
 MASK_SHARE = 1 / 16  # of the dense bytes, float32: a bit an entry is 1 / 32
 TOLD_SHARE = 1 / 64  # of the bytes in float32: with codes of its own a module keeps 1 / 32
-SAMPLES = (64, 16, 16, 16)  # of a standard normal, on which distortions are measured
 
 Pass = Callable[[Tensor], Tensor]
 """One forward pass on images (n, 3, H, W): a scalar to differentiate."""
+
+_Pair = list[NDArray[numpy.float64]]  # of the smaller and the larger dry run
 
 
 class Profile:
@@ -64,63 +59,52 @@ class Profile:
         self.menu = tuple(precision for precision in MENU if prunes or precision.keep == 1.0)
         self.smallest, first = _enough(model, loss_of, images)
         few = [_take(images, self.smallest), _take(images, 2 * self.smallest)]
-        self._traces = [trace_backward(model, loss_of, parameters, some) for some in few]
-        runs = {CHEAPEST: [_by_module(moments.records) for moments in self._traces]}
+        traces = [trace_backward(model, loss_of, parameters, some) for some in few]
+        runs = {CHEAPEST: [_by_module(trace.records) for trace in traces]}
         for precision in (*WHOLE, *(PRUNED if prunes else ())):
             known = first if precision == Precision() else _dry_run(model, loss_of, few[0], precision)
             runs[precision] = [known, _dry_run(model, loss_of, few[1], precision)]
         whole = runs[Precision()]
         pruned = runs[PRUNED[-1]][0] if prunes else {}
         self._groups = _groups(whole[0], runs[CHEAPEST][0], pruned, list(learning_layers(parameters)))
-        self._members = [(name, *followers) for name, followers in self._groups.items()]
+        members = [(name, *followers) for name, followers in self._groups.items()]
+
+        def sums(pair: Sequence[dict[str, _Part]], value: str) -> _Pair:
+            rows = [[[getattr(run[name], value) for name in names if name in run] for names in members] for run in pair]
+            return [numpy.array([sum(numbers) for numbers in row], float) for row in rows]
+
         self._kinds = {name: whole[0][name].kind for name in self._groups}
         # Where a tensor is coded in the larger run alone, bytes are not on one line.
-        crossing = self._sums(whole, "small")
-        self._crossing = crossing[0] != crossing[1]
-        self._dense = self._sums(whole, "dense")
-        self._held = {precision: self._sums(pair, "held") for precision, pair in runs.items()}
-        marks = {moment: None for moments in self._traces for moment in moments.alive}
-        self._alive = numpy.array(
-            [[moments.shares(mark, self._members) for mark in marks] for moments in self._traces]
-        ).max(axis=0)  # (E, L)
-        self._beside = [numpy.array([moments.beside.get(mark, 0) for mark in marks], float) for moments in self._traces]
+        small, large = sums(whole, "small")
+        self._crossing = small != large
+        self._dense = sums(whole, "dense")
+        self._held = {precision: sums(pair, "held") for precision, pair in runs.items()}
+        marks = list(dict.fromkeys(moment for trace in traces for moment in trace.alive))
+        shares = [[trace.shares(mark, members) for mark in marks] for trace in traces]
+        self._alive = numpy.array(shares).max(axis=0)  # (E, L)
+        self._beside = [numpy.array([trace.beside.get(mark, 0) for mark in marks], float) for trace in traces]
 
     def table(self, images: int) -> LayerTable:
         """The layers for a batch of so many images, ``smallest`` or more."""
         dense = self._at(self._dense, images)
         held = {precision: self._bytes(pair, images) for precision, pair in self._held.items()}
-        layers = [
-            Layer(
-                name,
-                self._kinds[name],
-                max(1, int(dense[row])),
-                _Cost({precision: int(sizes[row]) for precision, sizes in held.items()}),
-                followers,
-            )
-            for row, (name, followers) in enumerate(self._groups.items())
-        ]
+        layers: list[Layer] = []
+        for row, (name, followers) in enumerate(self._groups.items()):
+            cost = _Cost({precision: int(sizes[row]) for precision, sizes in held.items()})
+            layers.append(Layer(name, self._kinds[name], max(1, int(dense[row])), cost, followers))
         errors = [distortion(precision) for precision in self.menu]
         beside = self._at(self._beside, images, least_slope=0.0)
         fixed = int(beside[0])  # at the end of the forward pass, which is the first of the moments
         table = LayerTable(layers, self.menu, errors, fixed, self._alive, beside - fixed)
-        reserve = math.ceil(RESERVE * table.peak(table.costs.min(axis=1)))
-        return LayerTable(layers, self.menu, errors, fixed + reserve, self._alive, beside - fixed)
+        table.fixed += math.ceil(RESERVE * table.peak(table.costs.min(axis=1)))
+        return table
 
-    def _sums(self, pair: Sequence[dict[str, "_Part"]], value: str) -> "_Pair":
-        """A number of each group in the smaller and the larger dry run, both (L,)."""
-        return [
-            numpy.array(
-                [sum(getattr(run[part], value) for part in names if part in run) for names in self._members], float
-            )
-            for run in pair
-        ]
-
-    def _bytes(self, pair: "_Pair", images: int) -> NDArray[numpy.float64]:
+    def _bytes(self, pair: _Pair, images: int) -> NDArray[numpy.float64]:
         """What each group holds, (L,)."""
         larger = pair[1] * max(1.0, images / (2 * self.smallest))
         return SLACK + numpy.where(self._crossing, numpy.maximum(pair[0], larger), self._at(pair, images))
 
-    def _at(self, pair: "_Pair", images: int, least_slope: float = -math.inf) -> NDArray[numpy.float64]:
+    def _at(self, pair: _Pair, images: int, least_slope: float = -math.inf) -> NDArray[numpy.float64]:
         """Numbers that are affine in the images, from those of both dry runs."""
         small, large = pair
         slope = numpy.maximum(least_slope, (large - small) / self.smallest)
@@ -147,9 +131,6 @@ class Profiles:
         return self._tables[batch]
 
 
-_Pair = list[NDArray[numpy.float64]]
-
-
 class _Cost:
     """Bytes of one layer: as measured, and between the measured precisions b₀ + b₁ · bits + b₂ · bits · keep.
 
@@ -165,8 +146,8 @@ class _Cost:
 
     def _line(self, precisions: Sequence[Precision]) -> list[float]:
         """The least solution through the measured points."""
-        points = numpy.array([_terms(precision) for precision in precisions])
-        measured = numpy.array([self._measured[precision] for precision in precisions], float)
+        points = numpy.array([(1.0, kept.bits, kept.bits * kept.keep) for kept in precisions])
+        measured = numpy.array([self._measured[kept] for kept in precisions], float)
         return numpy.linalg.lstsq(points, measured, rcond=None)[0].tolist()
 
     def __call__(self, precision: Precision) -> int:
@@ -175,41 +156,6 @@ class _Cost:
         line = 0 if precision.keep == 1.0 else 1 if precision.bits <= 8 else 2
         start, per_bit, per_kept = self._lines[line]
         return math.ceil(start + precision.bits * (per_bit + per_kept * precision.keep) - 1e-6)
-
-
-def _terms(precision: Precision) -> tuple[float, float, float]:
-    return 1.0, precision.bits, precision.bits * precision.keep
-
-
-@lru_cache(maxsize=256)
-def distortion(precision: Precision) -> float:
-    """Relative squared error of a layer's normalised activation at a precision, on standard normal values; [0, 1]."""
-    values = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0))
-    error = (as_kept(values, precision) - values).square().sum() / values.square().sum()
-    return min(1.0, float(error))
-
-
-def as_kept(inputs: Tensor, precision: Precision, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """What backward gets to see of the input of a batch normalisation that was kept at a precision.
-
-    Args:
-        inputs: (B, C, ...).
-        precision: how it was kept.
-        weight: of the normalisation, (C,), and its
-        bias: which place the codec's bins; None: 1 and 0.
-    """
-    layer = nn.BatchNorm1d(inputs.shape[1], track_running_stats=False).to(inputs)
-    with torch.no_grad():
-        for own, given in ((layer.weight, weight), (layer.bias, bias)):
-            if given is not None:
-                own.copy_(given)
-    with torch.enable_grad(), SavedActivations(layer, memory="pruned", default=precision):
-        # Not a leaf: the batch that a model is called with is alive anyway, and the engine leaves it alone.
-        middle = inputs.detach().reshape(*inputs.shape[:2], -1).requires_grad_().clone()
-        node = layer(middle).grad_fn
-    assert node is not None
-    with torch.no_grad():
-        return node._saved_input.detach().reshape(inputs.shape)  # type: ignore[attr-defined]  # reading it unpacks it
 
 
 class _Part(NamedTuple):
@@ -258,21 +204,20 @@ def _groups(
 
     What is told upstream costs little while all is kept there, and more once that is pruned.
     """
-    names = list(parts)
-    groups: dict[str, list[str]] = {}
-    for name, source in zip(names, match_layers(names, learning), strict=True):
-        _, dense, held, _ = parts[name]
+
+    def follows(name: str) -> bool:
+        part = parts[name]
+        return (
+            part.held <= part.dense * MASK_SHARE
+            or cheapest[name].held <= part.held * TOLD_SHARE
+            or (name in pruned and pruned[name].held > part.held)
+        )
+
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, source in zip(parts, match_layers(list(parts), learning), strict=True):
         leader = learning[source]
-        if (
-            name != leader
-            and leader in parts
-            and (
-                held <= dense * MASK_SHARE
-                or cheapest[name].held <= held * TOLD_SHARE
-                or (name in pruned and pruned[name].held > held)
-            )
-        ):
-            groups.setdefault(leader, []).append(name)
+        if name != leader and leader in parts and follows(name):
+            groups[leader] = (*groups.get(leader, ()), name)
         else:
-            groups.setdefault(name, [])
-    return {name: tuple(followers) for name, followers in groups.items()}
+            groups.setdefault(name, ())
+    return groups

@@ -9,7 +9,8 @@ bit, autocast, memory formats and every backend work as they did, and in ``exact
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaopt.activation_memory.byte_counter import OUTSIDE, ByteCounter, Owner
 from metaopt.activation_memory.operators import FOLLOWERS, HANDLERS
-from metaopt.activation_memory.packs import Precision
+from metaopt.activation_memory.precision import Precision
 from metaopt.activation_memory.store import SMALL, Call, Slot, Store
 from metaopt.errors import ConfigError
 
@@ -113,14 +114,16 @@ class SavedActivations:
         if self._active is not None:
             raise RuntimeError("this context is active already: leave it first, or make another one")
         self._records.clear()
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            self._store.exclude(tensor)
         self._active = _Active(self)
-        self._active.__enter__()
+        self._hooks = self._active.hooked()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         """Stop; what was stored stays until backward has used it or the graph is dropped."""
         assert self._active is not None
-        self._active.__exit__(*exception)
+        self._hooks.close()
         self._active = None
         self._store.clear()
 
@@ -141,113 +144,91 @@ def _check(memory: str, precisions: Mapping[str, Precision]) -> None:
             )
 
 
-@dataclass
-class _Active:
+class _Active(TorchFunctionMode):
     """The hooks and the mode while the context is entered; the model carries none otherwise."""
 
-    owner: SavedActivations
-    running: list[Owner] = field(default_factory=list)  # calls of modules, innermost last
-    calls: Counter[str] = field(default_factory=Counter)  # so far, of each module
-    call: Call | None = None
-    handles: list[Any] = field(default_factory=list)
+    def __init__(self, context: SavedActivations) -> None:
+        super().__init__()
+        self.running: list[Owner] = []  # calls of modules, innermost last
+        self._context, self._store, self._counter = context, context._store, context.counter
+        self._calls: Counter[str] = Counter()  # so far, of each module
+        self._call: Call | None = None
 
-    def __enter__(self) -> None:
-        for tensor in (*self.owner.model.parameters(), *self.owner.model.buffers()):
-            self.owner._store.exclude(tensor)
-        for name, module in self.owner.model.named_modules():
-            enter = partial(self._enter, name)
-            self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            # Also after an error, so that a caller who catches it finds the names in order.
-            self.handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
-        self.hooks = saved_tensors_hooks(self._pack, _unpack)
-        self.mode = _Mode(self)
-        self.hooks.__enter__()
-        self.mode.__enter__()
+    def hooked(self) -> ExitStack:
+        """Put all hooks in their places; closing the result takes them away."""
+        with ExitStack() as stack:
+            for name, module in self._context.model.named_modules():
+                before = module.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True)
+                # Also after an error, so that a caller who catches it finds the names in order.
+                after = module.register_forward_hook(lambda *_: self._end(), always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            stack.enter_context(saved_tensors_hooks(self._pack, Slot.unpack))
+            stack.enter_context(self)
+            return stack.pop_all()
 
-    def __exit__(self, *exception: Any) -> None:
-        self.mode.__exit__(*exception)
-        self.hooks.__exit__(*exception)
-        for handle in self.handles:
-            handle.remove()
-
-    def _enter(self, name: str, _module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+    def _begin(self, name: str, _module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
         if not self.running:
             for value in (*inputs, *named.values()):
                 if isinstance(value, Tensor) and not value.requires_grad:
-                    self.owner._store.exclude_batch(value)
-        self.running.append(Owner(name, self.calls[name]))
-        self.calls[name] += 1
-        self.owner.counter.owner = self.running[-1]
+                    self._store.exclude(value, batch=True)
+        self.running.append(Owner(name, self._calls[name]))
+        self._calls[name] += 1
+        self._counter.owner = self.running[-1]
 
-    def _leave(self) -> None:
+    def _end(self) -> None:
         self.running.pop()
-        self.owner.counter.owner = self.running[-1] if self.running else OUTSIDE
+        self._counter.owner = self.running[-1] if self.running else OUTSIDE
         if not self.running:
-            self.owner._store.forget()
+            self._store.forget()
 
     def _pack(self, tensor: Tensor) -> Slot:
         """Called by autograd for each tensor that a node saves, before or after the operator has run."""
-        slot = Slot(tensor, self.owner.counter, self.owner.counter.owner)
+        slot = Slot(tensor, self._counter, self._counter.owner)
         if not self.running:
-            slot.fill(self.owner._store.keep(tensor))
-        elif self.call is None:
+            slot.fill(self._store.keep(tensor))
+        elif self._call is None:
             self._finish(Call(None, (), {}, slots=[slot]))
         else:
-            self.call.slots.append(slot)
+            self._call.slots.append(slot)
         return slot
-
-    def run(self, function: Callable, arguments: tuple, named: dict[str, Any]) -> Any:
-        """Run an operator, then decide how what it saved is stored."""
-        if not self.running or self.call is not None:
-            return function(*arguments, **named)
-        call = Call(function, arguments, named)
-        call.look_up(self.owner._store)
-        self.call = call
-        try:
-            call.result = function(*arguments, **named)
-        finally:
-            self.call = None
-        if call.slots:
-            self._finish(call)
-        if call.source is not None and function in FOLLOWERS:
-            FOLLOWERS[function](self.owner._store, call)
-        return call.result
-
-    def _finish(self, call: Call) -> None:
-        store, name = self.owner._store, self.running[-1].name
-        store.precision = self.owner.precision(name)
-        dense = store.dense_bytes([slot.tensor for slot in call.slots if slot.tensor is not None])
-        before = self.owner.counter.held
-        numels = [slot.tensor.numel() for slot in call.slots if slot.tensor is not None]
-        handler = HANDLERS.get(call.function)
-        kind = "other"
-        with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
-            if handler is not None:
-                kind = handler(store, call) or "other"
-            for slot in call.slots:
-                if slot.packed is None:
-                    slot.fill(store.any(slot.saved))
-        record = self.owner._record(name, kind)
-        record.dense_bytes += dense
-        record.numel += sum(numels)
-        record.small += sum(numel < SMALL for numel in numels)
-        record.held_bytes += self.owner.counter.held - before
-
-
-def _device_type(call: Call) -> str:
-    return next((slot.tensor.device.type for slot in call.slots if slot.tensor is not None), "cpu")
-
-
-def _unpack(slot: Slot) -> Tensor:
-    return slot.unpack()
-
-
-class _Mode(TorchFunctionMode):
-    def __init__(self, active: _Active) -> None:
-        super().__init__()
-        self._active = active
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._active.run(func, args, kwargs or {})
+        """Run an operator, then decide how what it saved is stored."""
+        named = kwargs or {}
+        if not self.running or self._call is not None:
+            return func(*args, **named)
+        call = Call(func, args, named)
+        first = call.get(0, "input")
+        if isinstance(first, Tensor):
+            call.source = self._store.known(first)  # before the call, which may overwrite it
+        self._call = call
+        try:
+            call.result = func(*args, **named)
+        finally:
+            self._call = None
+        if call.slots:
+            self._finish(call)
+        if call.source is not None and func in FOLLOWERS:
+            FOLLOWERS[func](self._store, call)
+        return call.result
+
+    def _finish(self, call: Call) -> None:
+        store, name = self._store, self.running[-1].name
+        store.precision = self._context.precision(name)
+        saved = [slot.saved for slot in call.slots]
+        dense, held, numels = store.dense_bytes(saved), self._counter.held, [tensor.numel() for tensor in saved]
+        kind, handler = HANDLERS.get(call.function, ("other", None))
+        with torch.no_grad(), torch.autocast(saved[0].device.type, enabled=False):
+            del saved  # handlers free each tensor as they go
+            if handler is not None:
+                handler(store, call)
+            for slot in call.open:
+                slot.fill(store.any(slot.saved))
+        record = self._context._record(name, kind)
+        record.dense_bytes += dense
+        record.numel += sum(numels)
+        record.small += sum(numel < SMALL for numel in numels)
+        record.held_bytes += self._counter.held - held

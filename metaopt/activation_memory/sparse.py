@@ -5,16 +5,15 @@ import torch
 from torch import Tensor
 
 from metaopt.activation_memory.byte_counter import ByteCounter
-from metaopt.activation_memory.codes import Bits, coded
+from metaopt.activation_memory.codes import Bits
 from metaopt.activation_memory.layout import Layout
-from metaopt.activation_memory.packs import Half, Packed, Plain, Precision
+from metaopt.activation_memory.packs import Half, Packed, Plain
+from metaopt.activation_memory.precision import Precision
+from metaopt.activation_memory.uniform import coded
 
-SAMPLE = 2**14
-"""Entries that the threshold is found from."""
-
-
-MARGIN = 0.012
-"""Share of the entries by which a threshold from a sample misses at most: three standard errors."""
+SAMPLE = 2**14  # entries that the threshold is found from
+MARGIN = 0.012  # share of the entries by which such a threshold misses at most: three standard errors
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def largest(magnitudes: Tensor, keep: float) -> Tensor:
@@ -34,9 +33,6 @@ def largest(magnitudes: Tensor, keep: float) -> Tensor:
     if not 1 <= rank <= band.numel():
         band, rank = flat, flat.numel() - most
     return magnitudes > band.kthvalue(rank).values
-
-
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def selected(values: Tensor, mask: Tensor) -> Tensor:
@@ -66,42 +62,32 @@ class Sparse:
 
     def __init__(self, centred: Tensor, precision: Precision, counter: ByteCounter) -> None:
         self._layout = Layout.of(centred)
-        self._mask: Bits | None = None
-        self._values: Packed | None = None
+        self._kept: tuple[Bits, Packed] | None = None  # where, and what
         if precision.keep == 0.0:
             return
         physical = self._layout.physical(centred)
-        magnitudes = physical.abs()
-        mask = largest(magnitudes, precision.keep)
-        self._mask = Bits(mask, lambda piece: piece, (0.0, 1.0), counter)
-        values = selected(physical, mask)
-        if precision.bits == 32:
-            self._values = Plain(values, counter)
-        elif precision.bits == 16 or values.numel() == 0:
-            self._values = Half(values, counter) if values.numel() else Plain(values, counter)
+        mask = largest(physical.abs(), precision.keep)
+        bits, values = Bits(mask, counter), selected(physical, mask)
+        if precision.bits == 32 or values.numel() == 0:
+            self._kept = bits, Plain(values, counter)
+        elif precision.bits == 16:
+            self._kept = bits, Half(values, counter)
         else:
-            self._values = coded(values, precision.bits, (), counter)
-
-    @property
-    def nbytes(self) -> int:
-        """A bit an entry and the codes of what is kept."""
-        if self._mask is None or self._values is None:
-            return 0
-        return self._mask.nbytes + self._values.nbytes
+            self._kept = bits, coded(values, precision.bits, (), counter)
 
     def unpack(self) -> Tensor:
         """What was kept, and zeros."""
         result, physical = self._layout.empty()
         physical.zero_()
-        if self._mask is None or self._values is None:
+        if self._kept is None:
             return result
-        values = self._values.unpack()
+        mask, values = self._kept[0], self._kept[1].unpack()
         if values.device.type != "cpu":
-            physical.masked_scatter_(self._mask.unpack(), values)
+            physical.masked_scatter_(mask.unpack(), values)
             return result
         # By position, in half the time, a piece at a time: positions take 8 bytes each.
         flat, start, taken = physical.view(-1), 0, 0
-        for bits in self._mask.pieces():
+        for bits in mask.pieces():
             positions = torch.from_numpy(numpy.flatnonzero(bits.view(torch.bool).numpy()))
             part = values[taken : taken + len(positions)]
             flat[start : start + len(bits)].scatter_(0, positions, part)

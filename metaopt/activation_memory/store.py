@@ -2,23 +2,24 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from metaopt.activation_memory.byte_counter import ByteCounter, Owner
-from metaopt.activation_memory.codes import Bits, Integers, channels_of, coded
-from metaopt.activation_memory.packs import Derived, Half, Packed, Plain, Precision
+from metaopt.activation_memory.codes import Bits, Integers
+from metaopt.activation_memory.packs import Derived, Half, Packed, Plain
+from metaopt.activation_memory.precision import Precision
 from metaopt.activation_memory.sparse import Sparse
+from metaopt.activation_memory.uniform import channels_of, coded
 from metaopt.errors import ConfigError
 
-SMALL = 1024
-"""Tensors of fewer elements are kept as they are."""
+SMALL = 1024  # tensors of fewer elements are kept as they are
+VIEW_SHARE = 64  # a view of less than one part in so many of its storage is copied rather than kept
 
-VIEW_SHARE = 64
-"""A view of less than one part in so many of its storage is copied rather than kept."""
+P = TypeVar("P", bound=Packed)
 
 
 class Slot:
@@ -41,9 +42,10 @@ class Slot:
         assert self.tensor is not None
         return self.tensor
 
-    def fill(self, packed: Packed) -> None:
+    def fill(self, packed: P) -> P:
         """Store the tensor as ``packed`` and let go of it."""
         self.packed, self.tensor = packed, None
+        return packed
 
     def unpack(self) -> Tensor:
         """What backward gets.
@@ -76,46 +78,43 @@ class Call:
         """An argument by position or by name."""
         return self.arguments[position] if len(self.arguments) > position else self.named.get(name, default)
 
-    def look_up(self, store: "Store") -> None:
-        """Find how the first argument is stored; before the call, which may overwrite it."""
-        first = self.get(0, "input")
-        if isinstance(first, Tensor):
-            self.source = store.known(first)
-
-    def slots_of(self, tensor: Any) -> list[Slot]:
-        """The slots that hold ``tensor`` and are not filled yet."""
-        return [slot for slot in self.open if isinstance(tensor, Tensor) and same(slot.saved, tensor)]
-
-    def slots_like(self, tensor: Tensor) -> list[Slot]:
-        """The slots that hold ``tensor``, or what autocast made of it."""
-        own = self.slots_of(tensor)
-        return own or [
-            slot for slot in self.open if slot.saved.shape == tensor.shape and slot.saved.is_floating_point()
-        ]
-
     @property
     def open(self) -> list[Slot]:
         """Slots that are not filled yet."""
         return [slot for slot in self.slots if slot.packed is None]
 
+    def slots_of(self, tensor: Any) -> list[Slot]:
+        """The open slots that hold ``tensor``."""
+        return [slot for slot in self.open if isinstance(tensor, Tensor) and same(slot.saved, tensor)]
+
+    def slots_like(self, tensor: Tensor) -> list[Slot]:
+        """The open slots that hold ``tensor``, or what autocast made of it."""
+        alike = [slot for slot in self.open if slot.saved.shape == tensor.shape and slot.saved.is_floating_point()]
+        return self.slots_of(tensor) or alike
+
+    def again(self) -> Derived | None:
+        """The result, computed again from the known first argument; None where that is not known."""
+        source, function, rest, named = self.source, self.function, self.arguments[1:], dict(self.named)
+        if source is None or function is None:
+            return None
+        named.pop("input", None)
+        return Derived(lambda: function(source.unpack(), *rest, **named), source)
+
+    def remember_result(self, store: "Store") -> None:
+        """Where the first argument can be computed, so can the result."""
+        again = self.again()
+        if again is not None and isinstance(self.result, Tensor):
+            store.remember(self.result, again)
+
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory, seen the same way."""
-    return bool(
-        a.untyped_storage()._cdata == b.untyped_storage()._cdata
-        and a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.storage_offset() == b.storage_offset()
-    )
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and _view(a) == _view(b)
 
 
-_View = tuple[Any, ...]
-
-
-def _view(tensor: Tensor) -> _View:
-    """Which elements of its storage a tensor shows, and the version of what is there."""
-    return tensor._version, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    """Which elements of its storage a tensor shows."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 class Store:
@@ -130,16 +129,12 @@ class Store:
         self.precision = Precision()
         self._excluded: dict[int, Tensor] = {}
         self._batch: dict[int, Tensor] = {}
-        self._known: dict[int, tuple[StorageWeakRef, dict[_View, Packed]]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, dict[tuple, Packed]]] = {}  # by view and version of the tensor
         self._seen: dict[int, StorageWeakRef] = {}
 
-    def exclude(self, tensor: Tensor) -> None:
-        """Never store or count this tensor's storage: it is alive anyway."""
-        self._excluded[tensor.untyped_storage()._cdata] = tensor.detach()
-
-    def exclude_batch(self, tensor: Tensor) -> None:
-        """As `exclude`, until the model's forward pass is over."""
-        self._batch[tensor.untyped_storage()._cdata] = tensor.detach()
+    def exclude(self, tensor: Tensor, *, batch: bool = False) -> None:
+        """Never store or count this tensor's storage, which is alive anyway; of a ``batch``, until `forget`."""
+        (self._batch if batch else self._excluded)[tensor.untyped_storage()._cdata] = tensor.detach()
 
     def forget(self) -> None:
         """Drop what was remembered about tensors, or it would outlive its use in backward; packs in the graph stay."""
@@ -160,16 +155,16 @@ class Store:
     def known(self, tensor: Tensor) -> Packed | None:
         """How this tensor is stored or can be computed, where that is known."""
         entry = self._known.get(tensor.untyped_storage()._cdata)
-        return None if entry is None or entry[0].expired() else entry[1].get(_view(tensor))
+        return None if entry is None or entry[0].expired() else entry[1].get((tensor._version, *_view(tensor)))
 
-    def remember(self, tensor: Tensor, packed: Packed) -> Packed:
+    def remember(self, tensor: Tensor, packed: P) -> P:
         """Note how this tensor is stored or can be computed."""
         key = tensor.untyped_storage()._cdata
         entry = self._known.get(key)
         if entry is None or entry[0].expired():
             # The weak reference keeps the storage's address from being given to another one.
             entry = self._known[key] = (StorageWeakRef(tensor.untyped_storage()), {})
-        entry[1][_view(tensor)] = packed
+        entry[1][(tensor._version, *_view(tensor))] = packed
         return packed
 
     def keep(self, tensor: Tensor) -> Packed:
@@ -188,7 +183,7 @@ class Store:
         if packed is not None:
             return packed
         if tensor.dtype == torch.bool:
-            return self.remember(tensor, Bits(tensor, lambda piece: piece, (0.0, 1.0), self.counter))
+            return self.remember(tensor, Bits(tensor, self.counter))
         if tensor.is_floating_point():
             return self.keep(tensor) if self.precision.lossless else self.remember(tensor, Half(tensor, self.counter))
         if tensor.is_complex() or tensor.element_size() == 1:
@@ -206,20 +201,20 @@ class Store:
         channels = channels or channels_of(tensor)
         if self.precision.keep == 1.0:
             return self.remember(tensor, coded(tensor, self.precision.bits, channels, self.counter))
-        values = tensor.detach()
+        values, dtype = tensor.detach(), tensor.dtype
         centre = values.mean([dim for dim in range(tensor.ndim) if dim not in channels], keepdim=True)
-        sparse, dtype = Sparse(values - centre, self.precision, self.counter), tensor.dtype
+        sparse = Sparse(values - centre, self.precision, self.counter)
         return self.remember(tensor, Derived(lambda: sparse.unpack().add_(centre).to(dtype), sparse))
 
     def _as_it_is(self, tensor: Tensor) -> Packed | None:
         """How a tensor is stored at any precision, if it is small or its storage is alive or stored already."""
-        known = None if self.alive_anyway(tensor) else self.known(tensor)
+        if self.alive_anyway(tensor):
+            return self.keep(tensor)
+        known = self.known(tensor)
         if known is not None:
             return known
-        if self.alive_anyway(tensor) or tensor.numel() < SMALL:
-            return self.keep(tensor)
-        repeated = [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
-        return self.keep(tensor) if repeated else None
+        repeated = any(tensor.stride(dim) == 0 and tensor.shape[dim] > 1 for dim in range(tensor.ndim))
+        return self.keep(tensor) if tensor.numel() < SMALL or repeated else None
 
     def dense_bytes(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the storages that plain torch would keep from here on."""

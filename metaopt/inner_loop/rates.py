@@ -27,10 +27,10 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.activation_memory.allocation import AllocationState
-from metaopt.activation_memory.budget import LayerTable
+from metaopt.activation_memory.distortion import as_kept
 from metaopt.activation_memory.importance import learning_layers
+from metaopt.activation_memory.layer_table import LayerTable
 from metaopt.activation_memory.learned_precision import LearnedPrecision
-from metaopt.activation_memory.profile import as_kept
 from metaopt.types import Parameters
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import numpy
 import pytest
 
-from metaopt.activation_memory.budget import Layer, LayerTable, allocate, scale_ratios
-from metaopt.activation_memory.packs import Precision
+from metaopt.activation_memory.budget import allocate, scale_ratios
+from metaopt.activation_memory.layer_table import Layer, LayerTable
+from metaopt.activation_memory.precision import Precision
 from metaopt.errors import BudgetError
 
 MENU = (Precision(32), Precision(8), Precision(4), Precision(2))

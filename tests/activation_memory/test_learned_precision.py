@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from metaopt.activation_memory import AllocationState, LearnedPrecision, Precision, build_allocation
-from metaopt.activation_memory.budget import Layer, LayerTable
+from metaopt.activation_memory.layer_table import Layer, LayerTable
 from metaopt.activation_memory.learned_precision import soft_allocation
 
 NUMELS = (4096, 4096, 1024, 65536, 2048, 512)

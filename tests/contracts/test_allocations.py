@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.activation_memory import ALLOCATIONS, Allocation, AllocationState, Precision
-from metaopt.activation_memory.budget import Layer, LayerTable
+from metaopt.activation_memory.layer_table import Layer, LayerTable
 from metaopt.errors import BudgetError, ConfigError
 from metaopt.policy import PolicyState
 from metaopt.policy.state import state_from_list, state_to_list
