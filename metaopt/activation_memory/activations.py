@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metaopt.activation_memory.codes import Bits, Table
+from metaopt.activation_memory.codes import lookup, mask
+from metaopt.activation_memory.packs import Derived
 from metaopt.activation_memory.store import SMALL, Call, Store
 from metaopt.activation_memory.uniform import Affine
 
@@ -33,7 +34,7 @@ def relu(store: Store, call: Call) -> None:
             slot.fill(call.source)
         else:
             # The result is never negative; and not zero is several times as fast a test as greater than zero.
-            slot.fill(Bits(slot.saved, store.counter, lambda piece: piece.bool()))
+            slot.fill(mask(slot.saved, store.counter, lambda piece: piece.bool()))
     call.remember_result(store)
 
 
@@ -41,7 +42,7 @@ def _region(store: Store, call: Call, inside: Callable[[Tensor], Tensor], points
     """Backward asks only whether an entry is inside: one bit, which comes back as a point outside or one inside."""
     for slot in call.open:
         if slot.saved.is_floating_point() and slot.saved.numel() >= SMALL:
-            slot.fill(Bits(slot.saved, store.counter, inside, points))
+            slot.fill(mask(slot.saved, store.counter, inside, points))
     call.remember_result(store)
 
 
@@ -82,7 +83,7 @@ class Smooth(NamedTuple):
                 slot.fill(self._coded(saved, store))
         call.remember_result(store)
 
-    def _coded(self, saved: Tensor, store: Store) -> Table:
+    def _coded(self, saved: Tensor, store: Store) -> Derived:
         bits = store.precision.bits
         points, least, step = _table(self, bits)
 
@@ -90,7 +91,7 @@ class Smooth(NamedTuple):
             slope = self.derivative(piece.contiguous())
             return slope.sub_(least - step / 2).div_(step).clamp_(0, 2**bits - 0.5).to(torch.int32).to(torch.uint8)
 
-        return Table(saved, bits, codes_of, points.to(saved.device, saved.dtype), store.counter)
+        return lookup(saved, bits, codes_of, points.to(saved.device, saved.dtype), store.counter)
 
 
 @cache

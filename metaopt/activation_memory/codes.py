@@ -12,6 +12,7 @@ from torch import Tensor
 from metaopt.activation_memory.bits import GROUP, pack_codes, unpack_codes
 from metaopt.activation_memory.byte_counter import ByteCounter, Hold
 from metaopt.activation_memory.layout import Layout
+from metaopt.activation_memory.packs import Derived
 
 
 class Payload:
@@ -55,72 +56,40 @@ class Payload:
         return torch.empty(most, dtype=torch.uint8, device=self.layout.device)
 
 
-class Bits:
-    """A mask, one bit an entry; comes back as the two values given: where the test fails, and where it holds."""
-
-    lossy = False
-
-    def __init__(
-        self,
-        tensor: Tensor,
-        counter: ByteCounter,
-        test: Callable[[Tensor], Tensor] = lambda piece: piece,
-        values: tuple[float, float] = (0.0, 1.0),
-    ) -> None:
-        self._values = values
-        self._payload = Payload(tensor, 1, lambda piece: test(piece).view(torch.uint8), counter)
-
-    def pieces(self) -> Iterator[Tensor]:
-        """The mask as zeros and ones in uint8, a piece at a time, flat, in the order of memory."""
-        return self._payload.read()
-
-    def unpack(self) -> Tensor:
-        """One value or the other, in the tensor's own type."""
-        low, high = self._values
-        if (low, high) == (0.0, 1.0):
-            return self._payload.decode(Tensor.copy_)
-        return self._payload.decode(lambda part, bits: part.copy_(bits).mul_(high - low).add_(low))
+def mask(
+    tensor: Tensor,
+    counter: ByteCounter,
+    test: Callable[[Tensor], Tensor] = lambda piece: piece,
+    values: tuple[float, float] = (0.0, 1.0),
+) -> Derived:
+    """One bit an entry; comes back as the two values given: where the test fails, and where it holds."""
+    payload = Payload(tensor, 1, lambda piece: test(piece).view(torch.uint8), counter)
+    low, high = values
+    if values == (0.0, 1.0):
+        return Derived(lambda: payload.decode(Tensor.copy_))
+    return Derived(lambda: payload.decode(lambda part, bits: part.copy_(bits).mul_(high - low).add_(low)))
 
 
-class Table:
+def lookup(
+    tensor: Tensor, bits: int, codes_of: Callable[[Tensor], Tensor], table: Tensor, counter: ByteCounter
+) -> Derived:
     """Codes that index a table of values."""
+    payload = Payload(tensor, bits, codes_of, counter)
 
-    lossy = True
+    def write(part: Tensor, codes: Tensor) -> None:
+        torch.index_select(table, 0, codes.to(torch.int32), out=part)
 
-    def __init__(
-        self, tensor: Tensor, bits: int, codes_of: Callable[[Tensor], Tensor], table: Tensor, counter: ByteCounter
-    ) -> None:
-        self._payload = Payload(tensor, bits, codes_of, counter)
-        self._table, self._hold = table, counter.hold(table)
-
-    def unpack(self) -> Tensor:
-        """The values that the codes stand for."""
-        return self._payload.decode(
-            lambda part, codes: torch.index_select(self._table, 0, codes.to(torch.int32), out=part)
-        )
+    return Derived(lambda: payload.decode(write), lossy=True, hold=counter.hold(table))
 
 
-class Integers:
+def integers(tensor: Tensor, low: int, high: int, counter: ByteCounter) -> Derived:
     """Integers from ``low`` to ``high``, in the fewest bits."""
-
-    lossy = False
-
-    def __init__(self, tensor: Tensor, low: int, high: int, counter: ByteCounter) -> None:
-        self._low, self._dtype, span = low, tensor.dtype, high - low
-        self._payload = self._narrow = None
-        if span < 256:
-            bits = max(1, span.bit_length())
-            self._payload = Payload(tensor, bits, lambda piece: (piece - low).to(torch.uint8), counter)
-        else:
-            narrow = torch.int16 if span < 2**16 else torch.int32
-            # Centred, for both types are signed.
-            self._low = low + (2**15 if narrow is torch.int16 else 0)
-            self._narrow = (tensor - self._low).to(narrow)
-            self._hold = counter.hold(self._narrow)
-
-    def unpack(self) -> Tensor:
-        """The integers in their own type."""
-        if self._payload is None:
-            assert self._narrow is not None
-            return self._narrow.to(self._dtype).add_(self._low)
-        return self._payload.decode(Tensor.copy_).add_(self._low)
+    dtype, span = tensor.dtype, high - low
+    if span < 256:
+        bits = max(1, span.bit_length())
+        payload = Payload(tensor, bits, lambda piece: (piece - low).to(torch.uint8), counter)
+        return Derived(lambda: payload.decode(Tensor.copy_).add_(low))
+    # Centred, for both types are signed.
+    narrow, centre = (torch.int16, low + 2**15) if span < 2**16 else (torch.int32, low)
+    values = (tensor - centre).to(narrow)
+    return Derived(lambda: values.to(dtype).add_(centre), hold=counter.hold(values))

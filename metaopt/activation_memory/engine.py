@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from metaopt.activation_memory.allocation import Allocation, AllocationState, bu
 from metaopt.activation_memory.budget import best_uniform
 from metaopt.activation_memory.importance import gradient_importance, learning_layers
 from metaopt.activation_memory.layer_table import LayerTable
-from metaopt.activation_memory.profile import Profiles
+from metaopt.activation_memory.profile import Pass, Profiles
 from metaopt.activation_memory.saved_activations import LayerRecord, SavedActivations
 from metaopt.data.seeding import generator_for
 from metaopt.errors import ConfigError
@@ -28,9 +28,6 @@ from metaopt.types import Parameters
 
 MEMORIES = ("dense", "exact", "compact", "pruned")
 DEFAULT_ALLOCATION = "rate_distortion"
-
-LossOf = Callable[[Tensor], Tensor]
-"""The step's own loss on images (n, 3, H, W), a scalar that carries the graph of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,13 @@ class ActivationMemory:
 
     @contextmanager
     def step(
-        self, model: nn.Module, loss_of: LossOf, parameters: Parameters, state: AllocationState | None, images: Tensor
+        self, model: nn.Module, loss_of: Pass, parameters: Parameters, state: AllocationState | None, images: Tensor
     ) -> Iterator[AfterStep]:
         """Inside it, the forward passes of ``model`` keep what they should, until their backward is done.
 
         Args:
             model: source model.
-            loss_of: the step's loss, for passes that only look.
+            loss_of: the step's own loss, for passes that only look.
             parameters: adapted tensors, which require gradients.
             state: the allocation's state before the step.
             images: (B, 3, H, W).
@@ -130,14 +127,14 @@ class ActivationMemory:
         if not allocation.extra_samples and all(name in gradients for name in learning.values()):
             after.state = allocation.observe(gradient_importance(gradients, learning), state)
 
-    def prepare(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> None:
+    def prepare(self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor) -> None:
         """Dry runs now rather than in the first step on such a batch."""
         if self.allocation is not None:
             self._table(model, loss_of, parameters, images)
             if self.allocation.extra_samples and self.budget is not None:
                 self._table(model, loss_of, parameters, images[: self.allocation.extra_samples])
 
-    def _importance(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> Tensor:
+    def _importance(self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor) -> Tensor:
         """GI of each learning layer from a pass that only looks, within the same budget."""
         if self.budget is None:
             saved = SavedActivations(model, memory="exact")
@@ -150,7 +147,7 @@ class ActivationMemory:
             found = torch.autograd.grad(loss_of(images), leaves, allow_unused=True, materialize_grads=True)
         return gradient_importance(dict(zip(learning.values(), found, strict=True)), learning)
 
-    def _table(self, model: nn.Module, loss_of: LossOf, parameters: Parameters, images: Tensor) -> LayerTable:
+    def _table(self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor) -> LayerTable:
         prunes = self.config.memory == "pruned"
         return self.profiles.table(model, loss_of, parameters, images, prunes=prunes)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from metaopt.activation_memory.codes import Bits, Integers
+from metaopt.activation_memory.codes import integers, mask
 from metaopt.activation_memory.packs import Derived, Stub
 from metaopt.activation_memory.store import SMALL, Call, Slot, Store
 
@@ -52,7 +52,7 @@ def _fill_indices(store: Store, call: Call, slot: Slot, images: Tensor) -> None:
     columns = torch.arange(indices.shape[-1], device=indices.device) * stride[1] - padding[1]
     row = indices.div(width, rounding_mode="floor")
     offset = (row - rows) * across + (indices - row * width - columns)
-    packed = Integers(offset, 0, down * across - 1, store.counter)
+    packed = integers(offset, 0, down * across - 1, store.counter)
 
     def absolute() -> Tensor:
         offset = packed.unpack()
@@ -67,4 +67,4 @@ def dropout(store: Store, call: Call) -> None:
     p = float(call.get(1, "p", 0.5))
     for slot in call.open:
         if p < 1 and slot.saved.is_floating_point() and slot.saved.numel() >= SMALL:
-            slot.fill(Bits(slot.saved, store.counter, lambda piece: piece.bool(), (0.0, 1 / (1 - p))))
+            slot.fill(mask(slot.saved, store.counter, lambda piece: piece.bool(), (0.0, 1 / (1 - p))))

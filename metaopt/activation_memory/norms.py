@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt.activation_memory.packs import Derived, Packed, Stub
-from metaopt.activation_memory.sparse import Sparse
+from metaopt.activation_memory.sparse import sparse
 from metaopt.activation_memory.store import SMALL, Call, Slot, Store, same
 from metaopt.activation_memory.uniform import STEPS, Affine, UniformCodes, coded
 
@@ -85,7 +85,7 @@ def batch_norm(store: Store, call: Call) -> None:
 def _sparse(x: Tensor, mean: Tensor, rstd: Tensor, store: Store) -> Packed:
     """The largest |x̂|; what is missing comes back as x̂ = 0, the mean."""
     values, dtype = x.detach(), x.dtype
-    packed = Sparse((values - mean).mul_(rstd), store.precision, store.counter)
+    packed = sparse((values - mean).mul_(rstd), store.precision, store.counter)
     return Derived(lambda: packed.unpack().div_(rstd).add_(mean).to(dtype), packed)
 
 
@@ -168,7 +168,7 @@ def rms_norm(store: Store, call: Call) -> None:
         return
     else:
         if store.precision.keep < 1.0:
-            normalised = Sparse(saved.detach() * rstd, store.precision, store.counter)
+            normalised = sparse(saved.detach() * rstd, store.precision, store.counter)
         else:
             normalised = coded(saved.detach() * rstd, store.precision.bits, (x.ndim - 1,), store.counter)
         packed = Derived(lambda: normalised.unpack().div_(rstd), normalised)

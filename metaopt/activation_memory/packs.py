@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metaopt.activation_memory.byte_counter import ByteCounter
+from metaopt.activation_memory.byte_counter import ByteCounter, Hold
 
 
 class Packed(Protocol):
@@ -67,31 +67,32 @@ class Stub:
         return torch.empty_strided(self._shape, self._strides, **self._options)
 
 
-class Half:
-    """Half floats: float16 where the values fit, else bfloat16."""
-
-    lossy = True
-
-    def __init__(self, tensor: Tensor, counter: ByteCounter) -> None:
-        self._dtype = tensor.dtype
-        low, high = torch.aminmax(tensor.detach())
-        fits = bool(torch.maximum(-low, high) < torch.finfo(torch.float16).max)
-        self._values = tensor.detach().to(torch.float16 if fits else torch.bfloat16)
-        self._hold = counter.hold(self._values)
-
-    def unpack(self) -> Tensor:
-        """The values in their own type."""
-        return self._values.to(self._dtype)
-
-
 class Derived:
-    """What is computed from other packs, which costs nothing here."""
+    """What is computed when it is asked for: from other packs, which cost nothing here, or from what ``compute`` holds.
 
-    def __init__(self, compute: Callable[[], Tensor], *parents: Packed) -> None:
-        self._compute = compute
-        self.lossy = any(parent.lossy for parent in parents)
+    Args:
+        compute: gives the tensor.
+        parents: packs that it reads.
+        lossy: whether it loses something by itself.
+        hold: counts what ``compute`` holds.
+    """
+
+    def __init__(
+        self, compute: Callable[[], Tensor], *parents: Packed, lossy: bool = False, hold: Hold | None = None
+    ) -> None:
+        self._compute, self._hold = compute, hold
+        self.lossy = lossy or any(parent.lossy for parent in parents)
 
     def unpack(self) -> Tensor:
-        """Compute it again."""
+        """Compute it."""
         with torch.no_grad():
             return self._compute()
+
+
+def half(tensor: Tensor, counter: ByteCounter) -> Derived:
+    """Half floats: float16 where the values fit, else bfloat16."""
+    dtype = tensor.dtype
+    low, high = torch.aminmax(tensor.detach())
+    fits = bool(torch.maximum(-low, high) < torch.finfo(torch.float16).max)
+    values = tensor.detach().to(torch.float16 if fits else torch.bfloat16)
+    return Derived(lambda: values.to(dtype), lossy=True, hold=counter.hold(values))

@@ -37,7 +37,7 @@ MASK_SHARE = 1 / 16  # of the dense bytes, float32: a bit an entry is 1 / 32
 TOLD_SHARE = 1 / 64  # of the bytes in float32: with codes of its own a module keeps 1 / 32
 
 Pass = Callable[[Tensor], Tensor]
-"""One forward pass on images (n, 3, H, W): a scalar to differentiate."""
+"""One forward pass on images (n, 3, H, W): a scalar that carries its graph."""
 
 _Pair = list[NDArray[numpy.float64]]  # of the smaller and the larger dry run
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from metaopt.activation_memory.byte_counter import ByteCounter
-from metaopt.activation_memory.codes import Bits
+from metaopt.activation_memory.codes import Payload
 from metaopt.activation_memory.layout import Layout
-from metaopt.activation_memory.packs import Half, Packed, Plain
+from metaopt.activation_memory.packs import Derived, Packed, Plain, half
 from metaopt.activation_memory.precision import Precision
 from metaopt.activation_memory.uniform import coded
 
@@ -49,47 +49,42 @@ def selected(values: Tensor, mask: Tensor) -> Tensor:
     return torch.from_numpy(numpy.compress(mask.reshape(-1).numpy(), bare.numpy())).view(values.dtype)
 
 
-class Sparse:
-    """Entries of largest magnitude; the others come back as zero.
+def sparse(centred: Tensor, precision: Precision, counter: ByteCounter) -> Derived:
+    """The entries of largest magnitude; the others come back as zero.
 
     Args:
         centred: a tensor whose entries' centre is zero.
         precision: share of the entries, and how their values are stored.
         counter: counts the bytes.
     """
+    layout = Layout.of(centred)
+    if precision.keep == 0.0:
+        return Derived(lambda: layout.empty()[0].zero_(), lossy=True)
+    physical = layout.physical(centred)
+    where = largest(physical.abs(), precision.keep)
+    bits, kept = Payload(where, 1, lambda piece: piece.view(torch.uint8), counter), selected(physical, where)
+    values: Packed
+    if precision.bits == 32 or kept.numel() == 0:
+        values = Plain(kept, counter)
+    elif precision.bits == 16:
+        values = half(kept, counter)
+    else:
+        values = coded(kept, precision.bits, (), counter)
+    return Derived(lambda: _scattered(layout, bits, values.unpack()), lossy=True)
 
-    lossy = True
 
-    def __init__(self, centred: Tensor, precision: Precision, counter: ByteCounter) -> None:
-        self._layout = Layout.of(centred)
-        self._kept: tuple[Bits, Packed] | None = None  # where, and what
-        if precision.keep == 0.0:
-            return
-        physical = self._layout.physical(centred)
-        mask = largest(physical.abs(), precision.keep)
-        bits, values = Bits(mask, counter), selected(physical, mask)
-        if precision.bits == 32 or values.numel() == 0:
-            self._kept = bits, Plain(values, counter)
-        elif precision.bits == 16:
-            self._kept = bits, Half(values, counter)
-        else:
-            self._kept = bits, coded(values, precision.bits, (), counter)
-
-    def unpack(self) -> Tensor:
-        """What was kept, and zeros."""
-        result, physical = self._layout.empty()
-        physical.zero_()
-        if self._kept is None:
-            return result
-        mask, values = self._kept[0], self._kept[1].unpack()
-        if values.device.type != "cpu":
-            physical.masked_scatter_(mask.unpack(), values)
-            return result
-        # By position, in half the time, a piece at a time: positions take 8 bytes each.
-        flat, start, taken = physical.view(-1), 0, 0
-        for bits in mask.pieces():
-            positions = torch.from_numpy(numpy.flatnonzero(bits.view(torch.bool).numpy()))
-            part = values[taken : taken + len(positions)]
-            flat[start : start + len(bits)].scatter_(0, positions, part)
-            start, taken = start + len(bits), taken + len(positions)
+def _scattered(layout: Layout, where: Payload, values: Tensor) -> Tensor:
+    """The values in their places, and zeros."""
+    result, physical = layout.empty()
+    physical.zero_()
+    if values.device.type != "cpu":
+        physical.masked_scatter_(where.decode(Tensor.copy_), values)
         return result
+    # By position, in half the time, a piece at a time: positions take 8 bytes each.
+    flat, start, taken = physical.view(-1), 0, 0
+    for bits in where.read():
+        positions = torch.from_numpy(numpy.flatnonzero(bits.view(torch.bool).numpy()))
+        part = values[taken : taken + len(positions)]
+        flat[start : start + len(bits)].scatter_(0, positions, part)
+        start, taken = start + len(bits), taken + len(positions)
+    return result

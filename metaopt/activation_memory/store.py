@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from metaopt.activation_memory.byte_counter import ByteCounter, Owner
-from metaopt.activation_memory.codes import Bits, Integers
-from metaopt.activation_memory.packs import Derived, Half, Packed, Plain
+from metaopt.activation_memory.codes import integers, mask
+from metaopt.activation_memory.packs import Derived, Packed, Plain, half
 from metaopt.activation_memory.precision import Precision
-from metaopt.activation_memory.sparse import Sparse
+from metaopt.activation_memory.sparse import sparse
 from metaopt.activation_memory.uniform import channels_of, coded
 from metaopt.errors import ConfigError
 
@@ -183,13 +183,13 @@ class Store:
         if packed is not None:
             return packed
         if tensor.dtype == torch.bool:
-            return self.remember(tensor, Bits(tensor, self.counter))
+            return self.remember(tensor, mask(tensor, self.counter))
         if tensor.is_floating_point():
-            return self.keep(tensor) if self.precision.lossless else self.remember(tensor, Half(tensor, self.counter))
+            return self.keep(tensor) if self.precision.lossless else self.remember(tensor, half(tensor, self.counter))
         if tensor.is_complex() or tensor.element_size() == 1:
             return self.keep(tensor)
         low, high = (int(bound) for bound in torch.aminmax(tensor))
-        return self.remember(tensor, Integers(tensor, low, high, self.counter))
+        return self.remember(tensor, integers(tensor, low, high, self.counter))
 
     def codes(self, tensor: Tensor, channels: tuple[int, ...] | None = None) -> Packed:
         """A tensor that backward multiplies with: codes, with a range for each index of the dimensions ``channels``."""
@@ -203,8 +203,8 @@ class Store:
             return self.remember(tensor, coded(tensor, self.precision.bits, channels, self.counter))
         values, dtype = tensor.detach(), tensor.dtype
         centre = values.mean([dim for dim in range(tensor.ndim) if dim not in channels], keepdim=True)
-        sparse = Sparse(values - centre, self.precision, self.counter)
-        return self.remember(tensor, Derived(lambda: sparse.unpack().add_(centre).to(dtype), sparse))
+        kept = sparse(values - centre, self.precision, self.counter)
+        return self.remember(tensor, Derived(lambda: kept.unpack().add_(centre).to(dtype), kept))
 
     def _as_it_is(self, tensor: Tensor) -> Packed | None:
         """How a tensor is stored at any precision, if it is small or its storage is alive or stored already."""

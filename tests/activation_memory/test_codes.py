@@ -7,9 +7,9 @@ from torch import Tensor
 from metaopt.activation_memory import Precision
 from metaopt.activation_memory.bits import pack_codes, packed_bytes, unpack_codes
 from metaopt.activation_memory.byte_counter import OUTSIDE, ByteCounter
-from metaopt.activation_memory.codes import Bits, Integers
-from metaopt.activation_memory.packs import Half
-from metaopt.activation_memory.sparse import Sparse, largest
+from metaopt.activation_memory.codes import integers, mask
+from metaopt.activation_memory.packs import half
+from metaopt.activation_memory.sparse import largest, sparse
 from metaopt.activation_memory.uniform import coded
 from metaopt.errors import ConfigError
 
@@ -71,7 +71,7 @@ def test_float64_keeps_its_type():
 def test_masks_take_a_bit(layout: str):
     tensor = LAYOUTS[layout]() > 0.3
     counter = ByteCounter()
-    pack = Bits(tensor, counter)
+    pack = mask(tensor, counter)
     assert torch.equal(pack.unpack(), tensor)
     assert counter.held <= tensor.numel() // 8 + 64
 
@@ -81,7 +81,7 @@ def test_integers_come_back_in_their_type(low: int, high: int):
     tensor = torch.randint(low, high + 1, (5, 300))
     tensor[0, :2] = torch.tensor([low, high])
     counter = ByteCounter()
-    pack = Integers(tensor, low, high, counter)
+    pack = integers(tensor, low, high, counter)
     assert torch.equal(pack.unpack(), tensor) and pack.unpack().dtype == torch.int64
     assert counter.held < tensor.nbytes
 
@@ -90,7 +90,7 @@ def test_integers_come_back_in_their_type(low: int, high: int):
 def test_halves_choose_the_type_that_fits(scale: float):
     tensor = torch.randn(50, 50) * scale
     torch.testing.assert_close(
-        Half(tensor, ByteCounter()).unpack(), tensor, rtol=1e-3 if scale == 1 else 1e-2, atol=1e-3
+        half(tensor, ByteCounter()).unpack(), tensor, rtol=1e-3 if scale == 1 else 1e-2, atol=1e-3
     )
 
 
@@ -99,7 +99,7 @@ def test_halves_choose_the_type_that_fits(scale: float):
 def test_sparsity_keeps_the_largest_and_zeroes_the_rest(keep: float, bits: int):
     tensor = torch.randn(64, 16, 12, 12).contiguous(memory_format=torch.channels_last)
     counter = ByteCounter()
-    pack = Sparse(tensor, Precision(bits, keep), counter)
+    pack = sparse(tensor, Precision(bits, keep), counter)
     found = pack.unpack()
     kept = found != 0
     assert float(kept.float().mean()) == pytest.approx(keep, abs=0.02)
