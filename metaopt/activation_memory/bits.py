@@ -10,11 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-GROUP = 8
-"""Codes are packed in multiples of this many."""
-
-WIDTHS = (4, 2, 1)
-"""Of planes, in the order in which they lie."""
+GROUP = 8  # codes are packed in multiples of this many
+WIDTHS = (4, 2, 1)  # of planes, in the order in which they lie
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -22,29 +19,25 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count // GROUP) * bits
 
 
-def pack_codes(codes: Tensor, bits: int, out: Tensor, scratch: Tensor | None = None) -> None:
+def pack_codes(codes: Tensor, bits: int, out: Tensor, scratch: Tensor) -> None:
     """Write codes into ``out``.
 
     Args:
         codes: (8 m,) uint8, each below 2 ** bits.
         bits: 1 to 8.
         out: (m * bits,) uint8.
-        scratch: (8 m,) uint8, overwritten; None: new memory, which costs more than the arithmetic.
+        scratch: (8 m,) uint8, overwritten: new memory would cost more than the arithmetic.
     """
     if bits == 8:
         out.copy_(codes)
         return
     groups, start, shift = codes.numel() // GROUP, 0, 0
-    if scratch is None and bits not in WIDTHS:
-        scratch = torch.empty_like(codes)
     for width in WIDTHS:
         if not bits & width:
             continue
-        part = codes
-        if bits != width:
-            part = codes if shift == 0 else torch.bitwise_right_shift(codes, shift, out=scratch)
-            if bits & (width - 1):  # further planes follow
-                part = torch.bitwise_and(part, 2**width - 1, out=scratch)
+        part = codes if shift == 0 else torch.bitwise_right_shift(codes, shift, out=scratch)
+        if bits & (width - 1):  # further planes follow
+            part = torch.bitwise_and(part, 2**width - 1, out=scratch)
         plane = out[start : start + groups * width]
         pieces = part.view(GROUP // width, -1)
         plane.copy_(pieces[0])
@@ -53,25 +46,22 @@ def pack_codes(codes: Tensor, bits: int, out: Tensor, scratch: Tensor | None = N
         start, shift = start + groups * width, shift + width
 
 
-def unpack_codes(packed: Tensor, bits: int, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
-    """Inverse of :func:`pack_codes`: (m * bits,) uint8 to (8 m,) uint8, written to ``out`` where given and needed."""
+def unpack_codes(packed: Tensor, bits: int, out: Tensor, scratch: Tensor) -> Tensor:
+    """Inverse of :func:`pack_codes`: (m * bits,) uint8 to (8 m,) uint8, written to ``out`` where that is needed."""
     if bits == 8:
         return packed
     groups, start, shift = packed.numel() // bits, 0, 0
-    codes = torch.empty(groups * GROUP, dtype=torch.uint8, device=packed.device) if out is None else out
-    if scratch is None and bits not in WIDTHS:
-        scratch = torch.empty_like(codes)
     for width in WIDTHS:
         if not bits & width:
             continue
         plane = packed[start : start + groups * width]
-        part = codes if shift == 0 or scratch is None else scratch
+        part = scratch if shift else out
         torch.bitwise_right_shift(plane, _shifts(width, packed.device), out=part.view(GROUP // width, -1))
         part.bitwise_and_(2**width - 1)
         if shift:
-            codes.add_(part, alpha=1 << shift)
+            out.add_(part, alpha=1 << shift)
         start, shift = start + groups * width, shift + width
-    return codes
+    return out
 
 
 @cache

@@ -116,7 +116,8 @@ class ActivationMemory:
             return
         learning = learning_layers(parameters)
         if allocation.extra_samples:
-            few = _drawn(images, allocation.extra_samples, int(state.steps))
+            few = torch.randperm(len(images), generator=generator_for("published importance", int(state.steps)))
+            few = images[few[: allocation.extra_samples].to(images.device)]
             state = allocation.observe(self._importance(model, loss_of, parameters, few), state)
             del few
         table = self._table(model, loss_of, parameters, images)
@@ -150,12 +151,6 @@ class ActivationMemory:
     def _table(self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor) -> LayerTable:
         prunes = self.config.memory == "pruned"
         return self.profiles.table(model, loss_of, parameters, images, prunes=prunes)
-
-
-def _drawn(images: Tensor, count: int, step: int) -> Tensor:
-    """A few random images of the batch, drawn by the number of the step."""
-    order = torch.randperm(len(images), generator=generator_for("published importance", step))
-    return images[order[:count].to(images.device)]
 
 
 @contextmanager

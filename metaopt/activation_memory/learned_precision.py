@@ -85,8 +85,7 @@ class LearnedPrecision(nn.Module, Allocation):
         dense = torch.as_tensor(table.dense_bytes, dtype=torch.float64)
         gradient = state.importance.detach().cpu().double()[match_layers(table.names, learning)]  # (L,)
         published = layer_importance(gradient, dense).clamp_min(FLOOR)
-        features = layer_features(table, dense, gradient, budget)
-        weight = self.hidden.weight
+        features, weight = layer_features(table, dense, gradient, budget), self.hidden.weight
         offset = self.output(torch.tanh(self.hidden(features.to(weight)))).squeeze(1)
         log_importance = published.log().to(weight) + offset
         return log_importance.softmax(dim=0) * len(log_importance)

@@ -26,8 +26,7 @@ from metaopt.activation_memory.store import SMALL, Call, Slot, Store
 from metaopt.errors import ConfigError
 
 MEMORY = ("exact", "compact", "pruned")
-COMPACT = Precision(bits=8)
-"""What ``compact`` stores a layer with unless told otherwise."""
+COMPACT = Precision(bits=8)  # of a layer in ``compact`` unless told otherwise
 
 
 @dataclass
@@ -75,21 +74,18 @@ class SavedActivations:
             raise ConfigError(
                 f"memory is {memory!r}; allowed are {', '.join(MEMORY)} here, or dense without this context: choose one"
             )
-        precisions = dict(precisions or {})
-        default = default or (Precision() if memory == "exact" else COMPACT)
-        _check(memory, {**precisions, "default": default})
-        self.model = model
-        self.memory = memory
-        self.counter = ByteCounter()
-        self._records: dict[tuple[str, str], LayerRecord] = {}
-        self._precisions, self._default = precisions, default
+        self._default = default or (Precision() if memory == "exact" else COMPACT)
+        self._precisions = dict(precisions or {})
+        _check(memory, {**self._precisions, "default": self._default})
+        self.model, self.counter = model, ByteCounter()
         self._store = Store(self.counter)
+        self.records: dict[tuple[str, str], LayerRecord] = {}  # by name and kind
         self._active: _Active | None = None
 
     @property
     def layers(self) -> list[LayerRecord]:
         """What each layer kept in the forward passes since the context was last entered, in order of appearance."""
-        return list(self._records.values())
+        return list(self.records.values())
 
     @property
     def held_bytes(self) -> int:
@@ -113,7 +109,7 @@ class SavedActivations:
         """
         if self._active is not None:
             raise RuntimeError("this context is active already: leave it first, or make another one")
-        self._records.clear()
+        self.records.clear()
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._store.exclude(tensor)
         self._active = _Active(self)
@@ -126,9 +122,6 @@ class SavedActivations:
         self._hooks.close()
         self._active = None
         self._store.clear()
-
-    def _record(self, name: str, kind: str) -> LayerRecord:
-        return self._records.setdefault((name, kind), LayerRecord(name, kind, self.precision(name)))
 
 
 def _check(memory: str, precisions: Mapping[str, Precision]) -> None:
@@ -227,7 +220,7 @@ class _Active(TorchFunctionMode):
                 handler(store, call)
             for slot in call.open:
                 slot.fill(store.any(slot.saved))
-        record = self._context._record(name, kind)
+        record = self._context.records.setdefault((name, kind), LayerRecord(name, kind, store.precision))
         record.dense_bytes += dense
         record.numel += sum(numels)
         record.small += sum(numel < SMALL for numel in numels)

@@ -28,9 +28,9 @@ LAYOUTS = {
 def test_codes_of_any_width_come_back(bits: int):
     codes = torch.randint(0, 2**bits, (8 * 37,), dtype=torch.uint8)
     packed = torch.empty(packed_bytes(codes.numel(), bits), dtype=torch.uint8)
-    pack_codes(codes.clone(), bits, packed)
+    pack_codes(codes.clone(), bits, packed, torch.empty_like(codes))
     assert packed.numel() == 37 * bits
-    assert torch.equal(unpack_codes(packed, bits), codes)
+    assert torch.equal(unpack_codes(packed, bits, torch.empty_like(codes), torch.empty_like(codes)), codes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
