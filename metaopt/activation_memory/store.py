@@ -89,8 +89,9 @@ class Call:
 
     def slots_like(self, tensor: Tensor) -> list[Slot]:
         """The open slots that hold ``tensor``, or what autocast made of it."""
-        alike = [slot for slot in self.open if slot.saved.shape == tensor.shape and slot.saved.is_floating_point()]
-        return self.slots_of(tensor) or alike
+        return self.slots_of(tensor) or [
+            slot for slot in self.open if slot.saved.shape == tensor.shape and slot.saved.is_floating_point()
+        ]
 
     def again(self) -> Derived | None:
         """The result, computed again from the known first argument; None where that is not known."""

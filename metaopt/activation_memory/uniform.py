@@ -14,7 +14,7 @@ Up to 3 bits the best uniform quantiser's of a normal distribution (Max 1960, "Q
 above, wider, since real activations have heavier tails.
 """
 
-WIDTH = 1024  # of a row that element-wise kernels are fast on
+WIDTH = 1024  # of a row on which element-wise kernels are fast
 
 
 class _AffineMap:

@@ -1,114 +1,76 @@
-"""A budget bounds what is held, as the meter sees it, on networks of every kind and over more than one step."""
+"""Allocations against exhaustive search."""
 
+import itertools
 from collections.abc import Callable
 
+import numpy
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
 
-from metaopt.activation_memory import ActivationMemory, AllocationState, MemoryConfig, Profiles, build_allocation
+from metaopt.activation_memory.budget import allocate, scale_ratios
+from metaopt.activation_memory.layer_table import Layer, LayerTable
+from metaopt.activation_memory.precision import Precision
 from metaopt.errors import BudgetError
-from metaopt.measure import MemoryMeter
-from metaopt.types import Parameters
 
-from .networks import NETWORKS, build
-from .test_networks import entropy, peak
-
-NAMES = ("rate_distortion", "single_pass", "uniform", "random")
-SHARES = (0.0, 0.1, 0.4, 1.0)  # of the way from the smallest possible budget to what the dense step holds
-Loss = Callable[[nn.Module, Parameters, Tensor], Tensor]
+MENU = (Precision(32), Precision(8), Precision(4), Precision(2))
+ERRORS = (0.0, 1e-3, 2e-2, 0.2)
+NUMELS = (1000, 4000, 300)
 
 
-def one_view(net: nn.Module, leaves: Parameters, images: Tensor) -> Tensor:
-    return entropy(functional_call(net, leaves, (images,)))
+def cost_of(numel: int) -> Callable[[Precision], int]:
+    return lambda precision: (
+        int(numel * precision.bits / 8 * precision.keep) + (numel // 8 if precision.keep < 1 else 0)
+    )
 
 
-def two_views(net: nn.Module, leaves: Parameters, images: Tensor) -> Tensor:
-    """Both graphs are alive until backward comes to each."""
-    first, second = (functional_call(net, leaves, (some,)) for some in (images, images.flip(-1)))
-    return entropy(first) - (first.softmax(dim=1) * second.log_softmax(dim=1)).sum(dim=1).mean()
+def table(**options) -> LayerTable:
+    layers = [Layer(f"n{i}", "batch_norm", 4 * n, cost_of(n)) for i, n in enumerate(NUMELS)]
+    return LayerTable(layers, MENU, ERRORS, **options)
 
 
-class Steps:
-    """Steps of one network with a allocation under a budget."""
-
-    def __init__(
-        self, net: nn.Module, leaves: Parameters, allocation: str, budget: float, loss: Loss, profiles: Profiles
-    ) -> None:
-        self.net, self.leaves, self.loss = net, leaves, loss
-        self.memory = ActivationMemory(MemoryConfig("pruned", budget), build_allocation(allocation), profiles)
-        assert self.memory.allocation is not None
-        self.state: AllocationState | None = self.memory.allocation.init(leaves)
-
-    def __call__(self, images: Tensor) -> float:
-        """One step; gives the MiB held."""
-
-        def loss_of(some: Tensor) -> Tensor:
-            return self.loss(self.net, self.leaves, some)
-
-        self.memory.prepare(self.net, loss_of, self.leaves, images)
-        with (
-            MemoryMeter([*self.leaves.values(), images], model=self.net) as meter,
-            self.memory.step(self.net, loss_of, self.leaves, self.state, images) as kept,
-        ):
-            torch.autograd.grad(loss_of(images), list(self.leaves.values()), allow_unused=True)
-        self.state = kept.state
-        return meter.peak_mib
+@pytest.mark.parametrize("budget", range(1500, 22_000, 700))
+def test_no_allocation_of_as_many_bytes_has_less_error(budget: int) -> None:
+    importance = numpy.array([1.0, 0.3, 5.0])
+    chosen = allocate(table(), importance, budget)
+    error = sum(i * ERRORS[c] for i, c in zip(importance, chosen, strict=True))
+    used = sum(int(table().costs[row, c]) for row, c in enumerate(chosen))
+    for other in itertools.product(range(len(MENU)), repeat=3):
+        if sum(int(table().costs[row, c]) for row, c in enumerate(other)) <= used:
+            assert sum(i * ERRORS[c] for i, c in zip(importance, other, strict=True)) >= error - 1e-12
 
 
-def check(net: nn.Module, leaves: Parameters, images: Tensor, loss: Loss = one_view) -> list[float]:
-    """Every budget is kept, by every allocation; gives the shares of the smallest budgets that are used."""
-    dense, profiles, used = peak(net, leaves, images), Profiles(), []
-    for allocation in NAMES:
-        with pytest.raises(BudgetError, match="is too small") as caught:
-            Steps(net, leaves, allocation, 1e-3, loss, profiles)(images)
-        least = float(str(caught.value).rpartition("budget_mib=")[2].split()[0])
-        for share in SHARES:
-            budget = least + share * max(0.0, dense - least)
-            step = Steps(net, leaves, allocation, budget, loss, profiles)
-            held = [step(batch) for batch in (images, images.roll(1, dims=1) ** 2)]
-            assert max(held) <= budget, (allocation, share, held)
-            used += [max(held) / budget] if share == 0.0 else []
-    return used
+def test_a_rate_that_is_no_bargain_is_never_chosen() -> None:
+    layers = [Layer("a", "batch_norm", 4000, cost_of(1000)), Layer("b", "batch_norm", 4000, cost_of(1000))]
+    tables = LayerTable(layers, (Precision(32), Precision(8), Precision(4)), (0.0, 0.19, 0.2))
+    assert tables.hulls == [[2, 0], [2, 0]]  # 8 bits gain less for their bytes than 32 do
 
 
-QUICK = ("gru", "pooled", "excited", "shared", "checkpointed")
+def test_the_important_layer_keeps_more() -> None:
+    chosen = [allocate(table(), numpy.array(weights), 1700) for weights in ([9.0, 1.0, 1.0], [1.0, 1.0, 9.0])]
+    assert table().costs[0, chosen[0][0]] > table().costs[0, chosen[1][0]]
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [] if name in QUICK else [pytest.mark.slow]
+def test_bytes_are_all_that_are_held_at_once() -> None:
+    beside, held = numpy.array([1200.0, 16_000.0, 4000.0]), [250, 1000, 75]
+    # Backward meets the last layer first.
+    alive = numpy.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert table(fixed=10, alive=alive, beside=beside).peak(held) == 250 + 1000 + 16_000 + 10
+    assert table(fixed=10, alive=numpy.ones((3, 3)), beside=beside).peak(held) == 250 + 1000 + 75 + 16_000 + 10
+    assert table(fixed=10, alive=alive / 2, beside=beside).peak(held) == 125 + 500 + 16_000 + 10
+    assert table().peak(held) == 1325
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in NETWORKS])
-def test_no_step_holds_more_than_its_budget(name: str) -> None:
-    net, leaves, images = build(name, images=8, dtype=torch.float32)
-    used = check(net, leaves, images)
-    assert max(used) > 0.85  # the smallest budget that is named is not much more than is needed
+def test_published_ratios_are_scaled_by_one_factor() -> None:
+    ratios = numpy.array([1.0, 0.5, 0.25])
+    free = scale_ratios(table(), ratios, None)
+    assert [free[f"n{i}"].keep for i in range(3)] == [1.0, 0.5, 0.25]
+    precisions = scale_ratios(table(), ratios, 6000)
+    keeps = numpy.array([precisions[f"n{i}"].keep for i in range(3)])
+    assert keeps / keeps[0] == pytest.approx(ratios, rel=1e-6)
+    assert {precision.bits for precision in precisions.values()} == {32}
+    held = sum(layer.cost(precisions[layer.name]) for layer in table().layers)
+    assert 5990 <= held <= 6000
 
 
-@pytest.mark.parametrize("name", ["shared", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pooled", "rooted"))])
-def test_nor_with_two_views_whose_graphs_are_both_alive(name: str) -> None:
-    net, leaves, images = build(name, images=8, dtype=torch.float32)
-    assert max(check(net, leaves, images, two_views)) > 0.85
-
-
-@pytest.mark.slow
-def test_nor_with_a_frozen_middle() -> None:
-    net, leaves, images = build("pooled", images=8, dtype=torch.float32)
-    check(net, {name: leaf for name, leaf in leaves.items() if name.startswith("body.1")}, images)
-    net, leaves, images = build("grouped", images=8, dtype=torch.float32)
-    check(net, {name: leaf for name, leaf in leaves.items() if not name.startswith("blocks.1")}, images)
-
-
-def test_dry_runs_are_shared_by_those_that_run_the_same() -> None:
-    net, leaves, images = build("shared", images=8, dtype=torch.float32)
-    counted: list[int] = []
-    handle = net.register_forward_pre_hook(lambda _, inputs: counted.append(len(inputs[0])))
-    profiles = Profiles()
-    for allocation in NAMES:
-        Steps(net, leaves, allocation, 1.0, one_view, profiles)(images)
-        counted.append(0)
-    handle.remove()
-    first = counted.index(0)
-    assert first > 10 and counted[first + 1 :] == [8, 0] * 3
+def test_too_little_is_refused_with_what_is_enough() -> None:
+    with pytest.raises(BudgetError, match=r"budget_mib=0.00095\d* is too small .* allowed are 0.01 or more"):
+        allocate(table(), numpy.ones(3), 1000)
