@@ -1,4 +1,4 @@
-"""What every registered allocation promises. Registering a allocation in ``ALLOCATIONS`` enrols it here."""
+"""What every registered allocation promises. Registering one in ``ALLOCATIONS`` enrols it here."""
 
 import math
 from collections.abc import Callable
