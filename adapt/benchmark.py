@@ -19,8 +19,8 @@ from metaopt.configs.assemble import (
     take_policy,
 )
 from metaopt.errors import BudgetError
+from metaopt.evaluation import Monitor, progress
 from metaopt.files import ensure_writable_folder
-from metaopt.measure import Monitor, progress
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.policy import check_source, load_policy
 

@@ -10,7 +10,7 @@ from metaopt.configs import FootprintSettings, resolve_device, run_command
 from metaopt.configs.assemble import assemble_method, check_images
 from metaopt.data import generator_for, load_arrays, to_float
 from metaopt.errors import DataError
-from metaopt.measure import closing_table
+from metaopt.evaluation import closing_table
 from metaopt.models import SourceModel, load_source_model
 from metaopt.objectives import source_statistics
 from metaopt.online.footprint import Case, FootprintRow, measure_footprint

@@ -22,9 +22,9 @@ from metaopt.configs.assemble import (
     take_policy,
 )
 from metaopt.data import Batch
+from metaopt.evaluation import Monitor, closing_table, progress
+from metaopt.evaluation.calibration import confidences
 from metaopt.files import atomic_write_text, ensure_writable_folder
-from metaopt.measure import Monitor, closing_table, progress
-from metaopt.measure.calibration import confidences
 from metaopt.online import OnlineAdapter, RunReport, run_stream
 from metaopt.online.layers import COLUMNS, memory_rows, to_csv
 from metaopt.policy import load_policy

@@ -13,8 +13,8 @@ from metaopt.allocator import keep_freed_memory
 from metaopt.configs import MetaTrainSettings, resolve_device, run_command
 from metaopt.configs.assemble import check_images, load_model, meta_train_config, unlabeled_images
 from metaopt.errors import ConfigError
+from metaopt.evaluation import Monitor, closing_table, progress
 from metaopt.files import atomic_write_text, ensure_writable_folder
-from metaopt.measure import Monitor, closing_table, progress
 from metaopt.meta import MetaTrainer
 from metaopt.meta.report import MetaReport, report_on_unseen_tasks
 from metaopt.meta.resume import load_run, save_run

@@ -7,8 +7,8 @@ from metaopt.allocator import keep_freed_memory
 from metaopt.configs import SourceSettings, resolve_device, run_command
 from metaopt.data import digits_stream
 from metaopt.errors import ConfigError
+from metaopt.evaluation import closing_table
 from metaopt.files import ensure_writable_folder
-from metaopt.measure import closing_table
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.policy import MethodConfig, build_method
 from metaopt.source_training import train_digits_source

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from metaopt.allocator import keep_freed_memory
 from metaopt.configs import MetaTrainSettings, resolve_device, run_command
 from metaopt.configs.assemble import load_model, meta_train_config, unlabeled_images
-from metaopt.measure import closing_table
+from metaopt.evaluation import closing_table
 from metaopt.meta import MetaTrainer
 from metaopt.meta.speed import SpeedRow, measure_memory, measure_speed, update_share
 

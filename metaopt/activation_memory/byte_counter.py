@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from metaopt.measure.reachable import Bookkeeping
+from metaopt.evaluation.reachable import Bookkeeping
 
 
 class Owner(NamedTuple):

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from metaopt.configs.schema import BenchmarkSettings
 from metaopt.configs.sections import MethodSection
+from metaopt.evaluation import closing_table, curves_figure
 from metaopt.files import atomic_write_text
-from metaopt.measure import closing_table, curves_figure
 from metaopt.online import RunReport
 
 EARLY = 5  # batches after which the early error is taken

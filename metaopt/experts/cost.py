@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from metaopt.evaluation import MemoryMeter, Stopwatch
 from metaopt.experts.adapter import expert_layout, get_experts
-from metaopt.measure import MemoryMeter, Stopwatch
 from metaopt.models import SourceModel
 from metaopt.parameters import adapted_layout
 

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from metaopt.data.shifts import REPORT, shift_names
-from metaopt.measure import Monitor
+from metaopt.evaluation import Monitor
 from metaopt.meta.selection import held_out_tasks
 from metaopt.meta.tasks import Task
 from metaopt.meta.trainer import MetaTrainer

@@ -7,10 +7,10 @@ from statistics import median
 
 import torch
 
+from metaopt.evaluation import MemoryMeter
+from metaopt.evaluation.timing import synchronize
 from metaopt.inner_loop import UnrollConfig, build_backend, gradients_of, meta_gradient
 from metaopt.inner_loop.backends import BACKENDS
-from metaopt.measure import MemoryMeter
-from metaopt.measure.timing import synchronize
 from metaopt.meta.loss import build_meta_loss
 from metaopt.meta.tasks import TaskSampler
 from metaopt.meta.trainer import MetaTrainer

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from metaopt.data.images import validate_images
 from metaopt.data.shifts import Shift
-from metaopt.measure import progress
+from metaopt.evaluation import progress
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.trainer import MetaTrainer
 from metaopt.models import SourceModel

@@ -10,9 +10,9 @@ from torch import Tensor
 from metaopt.data.seeding import generator_for
 from metaopt.data.shifts import META, WIDE, Shift, shift_names
 from metaopt.errors import CheckpointError, DataError
+from metaopt.evaluation import Monitor, curve_figure
 from metaopt.generator import GradientGenerator
 from metaopt.inner_loop import build_backend, meta_gradient, squares_by_part, unrolled_loss
-from metaopt.measure import Monitor, curve_figure
 from metaopt.meta.carry import Carried
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.counters import Counters, next_price

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaopt.data import Batch, Domain, Stream, batches
 from metaopt.errors import ConfigError, DataError
-from metaopt.measure import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
+from metaopt.evaluation import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
 from metaopt.online.adapter import OnlineAdapter
 from metaopt.online.decisions import Decisions
 from metaopt.online.layers import LayerMemory, layer_memory

@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 from metaopt.activation_memory import Precision, SavedActivations
 from metaopt.errors import ConfigError
-from metaopt.measure import MemoryMeter
+from metaopt.evaluation import MemoryMeter
 from metaopt.parameters import flatten
 from metaopt.types import Parameters
 

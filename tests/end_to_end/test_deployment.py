@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metaopt.data import load_digits
-from metaopt.measure import read_scalars
+from metaopt.evaluation import read_scalars
 
 from .commands import TINY_STREAM, command, write_model
 

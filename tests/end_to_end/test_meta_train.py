@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from metaopt.evaluation import read_scalars
 from metaopt.files import safe_load
-from metaopt.measure import read_scalars
 from metaopt.meta import MetaTrainer
 from metaopt.meta.report import AFTER, BEFORE, UNADAPTED
 from metaopt.policy import AdaptationPolicy, load_policy

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metaopt.errors import DataError
-from metaopt.measure import read_scalars
+from metaopt.evaluation import read_scalars
 
 from .commands import TINY_META, TINY_STREAM, command
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metaopt.evaluation import state_mib
 from metaopt.experts import (
     ExpertsConfig,
     TeacherConfig,
@@ -16,7 +17,6 @@ from metaopt.experts import (
     teacher_logits,
     update_teacher,
 )
-from metaopt.measure import state_mib
 from metaopt.models import SourceModel
 from metaopt.parameters import adapted_layout
 from metaopt.types import Parameters

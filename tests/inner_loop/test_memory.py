@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from metaopt.evaluation import MemoryMeter
 from metaopt.inner_loop import UnrollConfig, meta_gradient
-from metaopt.measure import MemoryMeter
 
 from .cases import LOSSES, TeacherLoss, policy_for, start, task, tiny_resnet
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from metaopt.errors import CheckpointError, ConfigError, DataError
+from metaopt.evaluation import Monitor, read_scalars
 from metaopt.experts import ExpertsConfig, LearnedExpertsConfig, TeacherConfig
 from metaopt.inner_loop import learned_tensors
-from metaopt.measure import Monitor, read_scalars
 from metaopt.meta import MetaTrainer
 from metaopt.models import SourceModel
 from metaopt.models.spec import ModelSpec

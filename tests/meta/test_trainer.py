@@ -10,9 +10,9 @@ from torch import Tensor
 
 from metaopt.data.seeding import generator_for
 from metaopt.errors import ConfigError, DataError
+from metaopt.evaluation import Monitor, read_scalars
 from metaopt.generator import GeneratorConfig, GradientGenerator
 from metaopt.inner_loop import MetaGradient, UnrollConfig, part_of, unrolled_loss
-from metaopt.measure import Monitor, read_scalars
 from metaopt.meta import MetaTrainer, TaskConfig
 from metaopt.meta import trainer as module
 

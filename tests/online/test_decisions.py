@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from metaopt.activation_memory import Precision
 from metaopt.activation_memory.importance import learning_layers
 from metaopt.data import Domain, ImageSet, Stream, to_bytes
-from metaopt.measure import Monitor
+from metaopt.evaluation import Monitor
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.online import run as module
 from metaopt.online.decisions import Decisions, stored_bits

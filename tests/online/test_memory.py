@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt.activation_memory import ALLOCATIONS
 from metaopt.errors import BudgetError, ConfigError
-from metaopt.measure import MemoryMeter
+from metaopt.evaluation import MemoryMeter
 from metaopt.models import SourceModel
 from metaopt.models.cifar_resnet import CifarResNet
 from metaopt.online import LayerMemory, OnlineAdapter

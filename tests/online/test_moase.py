@@ -11,9 +11,9 @@ from torch import Tensor
 
 from metaopt.data import generator_for
 from metaopt.errors import ModelError
+from metaopt.evaluation import state_mib
 from metaopt.experts import ExpertsConfig, TeacherConfig, attach_experts
 from metaopt.experts.mixture import EXPERT_TENSORS
-from metaopt.measure import state_mib
 from metaopt.models import SourceModel
 from metaopt.objectives import augmented_view
 from metaopt.online import OnlineAdapter

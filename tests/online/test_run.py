@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaopt.data import Batch, Domain, ImageSet, Stream, batches, to_bytes
 from metaopt.errors import ConfigError, DataError
-from metaopt.measure import Monitor, read_scalars
+from metaopt.evaluation import Monitor, read_scalars
 from metaopt.online import OnlineAdapter, RunReport, run_stream
 from metaopt.online import run as module
 from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRestoration, build_method

@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from metaopt.errors import ConfigError
-from metaopt.measure import MemoryMeter
+from metaopt.evaluation import MemoryMeter
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRestoration, build_method
 from metaopt.policy.gate import OLDEST, GateState, LearnedGate, PeriodicGate, straight_through

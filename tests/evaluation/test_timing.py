@@ -3,8 +3,8 @@ import time
 import pytest
 import torch
 
-from metaopt.measure import Stopwatch
-from metaopt.measure.timing import percentile, synchronize
+from metaopt.evaluation import Stopwatch
+from metaopt.evaluation.timing import percentile, synchronize
 
 
 def test_blocks_are_timed_in_milliseconds():

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.measure.reachable import Block, Bookkeeping, blocks_of, reachable_blocks
+from metaopt.evaluation.reachable import Block, Bookkeeping, blocks_of, reachable_blocks
 
 
 class _Entry:

@@ -3,7 +3,7 @@ import io
 import pytest
 import torch
 
-from metaopt.measure import ProgressBar, closing_table, progress
+from metaopt.evaluation import ProgressBar, closing_table, progress
 
 
 class Terminal(io.StringIO):
@@ -58,7 +58,7 @@ def test_outside_a_terminal_progress_prints_the_first_and_last_line(capsys: pyte
 
 def test_a_line_appears_every_so_often_with_the_time_left(monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
-    monkeypatch.setattr("metaopt.measure.tables.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("metaopt.evaluation.tables.time.monotonic", lambda: clock[0])
     log = io.StringIO()
     with ProgressBar(100, "Run", completed=40, seconds_between_lines=10.0, file=log) as bar:
         for _ in range(6):

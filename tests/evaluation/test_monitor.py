@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from metaopt.errors import DataError, OutputError
-from metaopt.measure import Monitor, curve_figure, read_scalars
-from metaopt.measure.monitor import LAYOUT
+from metaopt.evaluation import Monitor, curve_figure, read_scalars
+from metaopt.evaluation.monitor import LAYOUT
 
 
 def test_scalars_come_back(tmp_path: Path):
@@ -118,7 +118,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path):
 @pytest.mark.slow
 def test_a_monitor_makes_no_noise(tmp_path: Path):
     code = (
-        "import sys; from metaopt.measure import Monitor, curve_figure, read_scalars\n"
+        "import sys; from metaopt.evaluation import Monitor, curve_figure, read_scalars\n"
         "for start in (0, 1):\n"
         "    with Monitor(sys.argv[1], resume_step=start) as m:\n"
         "        m.scalar('a', 1.0, start); m.figure('f', curve_figure([1.0], 't', 'x', 'y'), 0)\n"

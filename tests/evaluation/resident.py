@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from metaopt.measure import MemoryMeter
+from metaopt.evaluation import MemoryMeter
 from metaopt.models import SourceModel
 
 

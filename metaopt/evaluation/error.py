@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
 
 from metaopt.errors import DataError
-from metaopt.measure.calibration import CalibrationError, confidences
+from metaopt.evaluation.calibration import CalibrationError, confidences
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
-from metaopt.measure import MemoryMeter
-from metaopt.measure.memory import MIB
+from metaopt.evaluation import MemoryMeter
+from metaopt.evaluation.meter import MIB
 
 N = 1000  # floats, 4000 bytes
 

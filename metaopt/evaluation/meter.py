@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch._C import _autograd
 from torch.autograd.graph import saved_tensors_hooks
 
-from metaopt.measure.graph import LayerNames, NodeAttributes, ResultWatcher
-from metaopt.measure.ledger import Claim, Ledger
-from metaopt.measure.reachable import Bookkeeping, blocks_of, reachable_blocks
+from metaopt.evaluation.graph import LayerNames, NodeAttributes, ResultWatcher
+from metaopt.evaluation.ledger import Claim, Ledger
+from metaopt.evaluation.reachable import Bookkeeping, blocks_of, reachable_blocks
 
 MIB = 2**20
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
-from metaopt.measure import MemoryMeter, state_mib
-from metaopt.measure.memory import MIB
+from metaopt.evaluation import MemoryMeter, state_mib
+from metaopt.evaluation.meter import MIB
 from metaopt.models import SourceModel
 
 

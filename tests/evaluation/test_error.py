@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from metaopt.errors import DataError
-from metaopt.measure import DomainResult, DomainScore
+from metaopt.evaluation import DomainResult, DomainScore
 
 
 def ece_by_hand(probabilities: numpy.ndarray, labels: numpy.ndarray, bins: int = 15) -> float:

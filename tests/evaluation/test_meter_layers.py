@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from metaopt.measure import MemoryMeter
-from metaopt.measure.memory import MIB
+from metaopt.evaluation import MemoryMeter
+from metaopt.evaluation.meter import MIB
 
-from .test_memory_hidden import HIDING_PLACES, N, held, hiding, peak
+from .test_meter_hidden import HIDING_PLACES, N, held, hiding, peak
 
 
 def layers(count: int = 4, width: int = 64) -> nn.Sequential:

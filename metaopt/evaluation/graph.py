@@ -9,8 +9,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from metaopt.measure.ledger import Claim, Ledger
-from metaopt.measure.reachable import reachable_blocks
+from metaopt.evaluation.ledger import Claim, Ledger
+from metaopt.evaluation.reachable import reachable_blocks
 
 OUTSIDE = "(outside)"
 """Layer name of what no layer of the model keeps, the loss for example."""
