@@ -11,8 +11,6 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits as load_scans
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from metaopt.data.images import ImageSet, to_bytes
@@ -40,6 +38,8 @@ def load_digits(seed: int = 0) -> DigitsParts:
     Args:
         seed: of the split and of the colours.
     """
+    from sklearn.datasets import load_digits as load_scans
+
     scans, classes = load_scans(return_X_y=True)  # (1797, 64) in 0..16 and (1797,)
     labels = torch.from_numpy(np.asarray(classes)).long()
     strokes = torch.from_numpy(np.asarray(scans)).float().view(-1, 8, 8) / 16
@@ -55,6 +55,8 @@ def load_digits(seed: int = 0) -> DigitsParts:
 
 def _split(index: np.ndarray, labels: Tensor, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Shuffle and split off ``size`` of the indices, every class in proportion."""
+    from sklearn.model_selection import train_test_split
+
     kept, parted = train_test_split(index, test_size=size, stratify=labels[index].numpy(), random_state=seed)
     return np.asarray(kept), np.asarray(parted)
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import BinaryCalibrationError
 
 _JUST_UNDER_ONE = 1.0 - 1e-12
 
@@ -28,6 +27,8 @@ class CalibrationError:
     """
 
     def __init__(self, bins: int = 15) -> None:
+        from torchmetrics.classification import BinaryCalibrationError
+
         self._metric = BinaryCalibrationError(n_bins=bins, norm="l1")
         self._images = 0
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.aggregation import MeanMetric
 
 from metaopt.errors import DataError
 from metaopt.evaluation.calibration import CalibrationError, confidences
@@ -33,7 +32,7 @@ class DomainScore:
         self.num_classes = num_classes
         self.images = 0
         self.cumulative_error: list[float] = []  # percent over all images so far, after each labelled batch
-        self._wrong = MeanMetric(nan_strategy="error")
+        self._wrong = self._labelled = 0  # images
         self._calibration = CalibrationError(bins)
 
     def update(self, logits: Tensor, labels: Tensor | None = None) -> None:
@@ -57,9 +56,10 @@ class DomainScore:
         labels = self._checked(labels, logits.shape[0]).to(logits.device)
         confidence = confidences(logits)  # (B,)
         correct = (logits.detach().argmax(dim=1) == labels) & (confidence > 0)  # (B,)
-        self._wrong.update((~correct).float().cpu())
+        self._wrong += int((~correct).sum())
+        self._labelled += len(labels)
         self._calibration.update(confidence, correct)
-        self.cumulative_error.append(100.0 * float(self._wrong.compute()))
+        self.cumulative_error.append(100.0 * self._wrong / self._labelled)
 
     def result(self) -> DomainResult:
         """Error and ECE over the batches so far."""

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from metaopt.errors import DataError
 from metaopt.files import ensure_writable_folder
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 # Chart groups of TensorBoard's "Custom scalars" tab: group -> chart -> pattern of the tags it draws.
@@ -106,10 +105,12 @@ class Monitor:
         if self._writer is not None:
             self._writer.add_scalar(tag, float(value), step)
 
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
+    def figure(self, tag: str, figure: "Figure", step: int) -> None:
         """A matplotlib figure, drawn as an image."""
         if self._writer is None:
             return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]  # (H, W, 3), uint8
@@ -153,8 +154,10 @@ def read_scalars(folder: str | Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def curve_figure(values: Sequence[float], title: str, xlabel: str, ylabel: str) -> Figure:
+def curve_figure(values: Sequence[float], title: str, xlabel: str, ylabel: str) -> "Figure":
     """A line through ``values`` at positions 1, 2, ...; made without pyplot, so no global state is touched."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.0, 3.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(range(1, len(values) + 1), [float(value) for value in values], marker="o", markersize=3)
@@ -163,8 +166,12 @@ def curve_figure(values: Sequence[float], title: str, xlabel: str, ylabel: str) 
     return figure
 
 
-def curves_figure(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str) -> Figure:
+def curves_figure(
+    curves: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str
+) -> "Figure":
     """A line for each name through its points (x, y), which are sorted first."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for name, points in curves.items():

@@ -3,23 +3,12 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from rich.box import ASCII, SIMPLE_HEAD
-from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Cell = str | int | float | None
-
-
-def _cell(value: Cell) -> Text:
-    """Plain text of a cell: two decimals for a float, a dash for nothing. ``Text``, so that [brackets] stay."""
-    if value is None:
-        return Text("-")
-    return Text(f"{value:.2f}" if isinstance(value, float) else str(value))
 
 
 def closing_table(
@@ -33,13 +22,20 @@ def closing_table(
         rows: one cell per column; floats get two decimals, None a dash. A column without strings is right-aligned.
         file: where to print; standard output when None.
     """
+    from rich.box import ASCII, SIMPLE_HEAD
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console(file=file or sys.stdout, highlight=False)
     table = Table(box=SIMPLE_HEAD if console.is_terminal else ASCII)
     for index, heading in enumerate(columns):
         numeric = not any(isinstance(row[index], str) for row in rows)
         table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        cells = ("-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
+        table.add_row(*map(Text, cells))  # Text, so that [brackets] stay
     if not console.is_terminal:
         unlimited = console.options.update(width=100_000)
         console.width = Measurement.get(console, unlimited, table).maximum
@@ -86,10 +82,12 @@ class ProgressBar:
         self._start = time.monotonic()
         self._last_line: float | None = None
         self._bar: Progress | None = None
-        self._task = TaskID(0)
 
     def __enter__(self) -> "ProgressBar":
         """Show the empty bar."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         console = Console(file=self._file, highlight=False)
         self._start = time.monotonic()
         if console.is_terminal and not self._quiet:
@@ -101,7 +99,7 @@ class ProgressBar:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task(self.description, total=self.total, completed=self.completed, loss="")
+            self._bar.add_task(self.description, total=self.total, completed=self.completed, loss="")
             self._bar.start()
         return self
 
@@ -125,7 +123,7 @@ class ProgressBar:
             self.loss = float(loss)
         if self._bar is not None:
             shown = "" if self.loss is None else f"loss {self.loss:.4f}"
-            self._bar.update(self._task, completed=self.completed, loss=shown)
+            self._bar.update(self._bar.task_ids[0], completed=self.completed, loss=shown)
         else:
             self._print_line_when_due()
 

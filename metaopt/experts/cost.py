@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from metaopt.evaluation import MemoryMeter, Stopwatch
 from metaopt.experts.adapter import expert_layout, get_experts
@@ -67,6 +66,8 @@ def expert_costs(model: SourceModel, images: Tensor, *, batch_statistics: bool =
 def _held_and_flops(
     model: SourceModel, images: Tensor, batch_statistics: bool, *, with_experts: bool
 ) -> tuple[float, int]:
+    from torch.utils.flop_counter import FlopCounterMode  # here, for it brings in Triton
+
     # Detached stand-ins: only what adapts may make autograd hold anything, whatever the model's own flags say.
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
     names = adapted_layout(model).names + (expert_layout(model).names if with_experts else ())

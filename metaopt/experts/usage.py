@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from metaopt.errors import DataError
 from metaopt.experts.adapter import Experts, get_experts, site_key
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ExpertUsage:
@@ -91,7 +93,7 @@ class ExpertUsage:
             for domain in self.domains
         }
 
-    def figure(self, experts: Experts) -> Figure:
+    def figure(self, experts: Experts) -> "Figure":
         """Mean weights over all sites, domains against experts; domain-specific experts are marked "low".
 
         Raises:
@@ -99,6 +101,8 @@ class ExpertUsage:
         """
         if not self._sums:
             raise DataError("no expert usage was recorded; allowed are figures of at least one domain: record one")
+        from matplotlib.figure import Figure
+
         means = [self._mean(domain) for domain in self.domains]
         count, names = experts.config.experts, expert_names(experts)
         figure = Figure(figsize=(1.5 + 0.6 * count, 1.2 + 0.3 * len(means)), layout="constrained")

@@ -4,17 +4,15 @@ import difflib
 import os
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from metaopt.errors import ModelError
-from metaopt.models import cifar_resnet, digits_vit
 from metaopt.models.source_model import SourceModel
 from metaopt.models.spec import ModelSpec
 from metaopt.models.weights import load_weights, read_weights
 
-OWN_MODELS = (*cifar_resnet.default_cfgs, *digits_vit.default_cfgs)
+OWN_MODELS = ("cifar_resnet20", "cifar_resnet56", "digits_vit")
 """Names that this project adds to timm's registry."""
 
 
@@ -57,6 +55,10 @@ def load_source_model(
 
 
 def _create(name: str, num_classes: int | None) -> nn.Module:
+    import timm
+
+    from metaopt.models import cifar_resnet, digits_vit  # noqa: F401 - they register themselves in timm
+
     if not timm.is_model(name):
         known = timm.list_models()
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -4,11 +4,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from metaopt.data.images import ImageSet, to_float
 from metaopt.errors import DataError
+from metaopt.evaluation import ProgressBar
 from metaopt.source_training.recipes import Recipe
 
 
@@ -72,15 +72,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=0.2)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.train()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task(title, total=steps, loss=math.nan)
+    with ProgressBar(steps, title, quiet=not progress) as bar:
         for _ in range(recipe.epochs):
             for index in torch.randperm(len(data), generator=generator).split(recipe.batch_size):
                 chosen = index.to(device)
@@ -92,7 +84,7 @@ def train_classifier(
                 nn.utils.clip_grad_norm_(module.parameters(), recipe.max_gradient_norm)
                 optimizer.step()
                 schedule.step()
-                bar.update(task, advance=1, loss=loss.item())
+                bar.update(loss=loss.detach())
     module.eval()
 
 

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from metaopt.evaluation import MemoryMeter
-from metaopt.models import SourceModel
+from metaopt.models import load_source_model
 
 
 def resident_mib() -> float:
@@ -42,7 +41,7 @@ class Hiding(torch.autograd.Function):
 
 def build(case: str, name: str, batch: int) -> tuple[nn.Module, Tensor, Callable[[], Tensor]]:
     torch.manual_seed(0)
-    model = SourceModel(timm.create_model(name))
+    model = load_source_model(name, channels_last=False)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(isinstance(module, nn.BatchNorm2d))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from metaopt.evaluation import MemoryMeter, state_mib
 from metaopt.evaluation.meter import MIB
-from metaopt.models import SourceModel
+from metaopt.models import load_source_model
 
 
 def held_bytes(meter: MemoryMeter) -> int:
@@ -242,7 +241,7 @@ def test_resnet56_tent_step_holds_what_its_layers_keep():
 
     Batch 200, float32: (2 + 36) maps of 12.5 MiB, 36 of 6.25 and 36 of 3.125 make 812.5 MiB.
     """
-    model = SourceModel(timm.create_model("cifar_resnet56"))
+    model = load_source_model("cifar_resnet56", channels_last=False)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(isinstance(module, nn.BatchNorm2d))

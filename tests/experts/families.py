@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from metaopt.models import SourceModel
+from metaopt.models import SourceModel, cifar_resnet
 from metaopt.models.spec import ModelSpec
 
 CLASSES = 7
@@ -29,7 +29,7 @@ FAMILIES: dict[str, tuple[str, dict, int, int]] = {
     "resnet": ("test_resnet", {}, 64, 4),
     "poolformer": ("poolformer_s12", {}, 32, 12),  # its MLPs are 1x1 convolutions
     "efficientnet": ("test_efficientnet", {}, 64, 5),
-    "cifar_resnet": ("cifar_resnet20", {}, 32, 3),
+    "cifar_resnet": (cifar_resnet.cifar_resnet20.__name__, {}, 32, 3),
 }
 
 

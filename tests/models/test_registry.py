@@ -13,13 +13,14 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from metaopt.errors import CheckpointError, ModelError
+from metaopt.models import cifar_resnet, digits_vit
 from metaopt.models.registry import OWN_MODELS, load_source_model
 
 
 @pytest.fixture
 def weights() -> dict[str, Tensor]:
     torch.manual_seed(3)
-    state = timm.create_model("cifar_resnet20").state_dict()
+    state = cifar_resnet.cifar_resnet20().state_dict()
     return {name: torch.rand_like(t) if t.is_floating_point() else t for name, t in state.items()}
 
 
@@ -40,6 +41,9 @@ class TestNames:
         assert (spec.mean, spec.std) == (config["mean"], config["std"])
         assert (spec.name, spec.num_classes, spec.input_size) == (name, 10, (3, 32, 32))
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+
+    def test_all_that_are_registered_are_named(self):
+        assert (*cifar_resnet.default_cfgs, *digits_vit.default_cfgs) == OWN_MODELS
 
     def test_any_timm_model_with_its_own_normalisation(self):
         assert load_source_model("vit_tiny_patch16_224").spec.mean == (0.5, 0.5, 0.5)
