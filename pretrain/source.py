@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from metaopt.allocator import keep_freed_memory
 from metaopt.configs import SourceSettings, resolve_device, run_command
-from metaopt.data import digits_stream
+from metaopt.data import Digits
 from metaopt.errors import ConfigError
 from metaopt.evaluation import closing_table
 from metaopt.files import ensure_writable_folder
@@ -22,7 +22,7 @@ def run(settings: SourceSettings) -> None:
     cache = ensure_writable_folder(settings.cache)
     model = train_digits_source(settings.model.name, seed=settings.seed, cache_dir=cache, device=device)
     method = build_method(MethodConfig("source", batch_statistics=False))
-    report = run_stream(OnlineAdapter(model, method), digits_stream(corruptions=()), device=device)
+    report = run_stream(OnlineAdapter(model, method), Digits(corruptions=[]).stream(), device=device)
     rows = [(settings.model.name, report.images, report.mean_error, report.mean_ece)]
     closing_table(f"Held-out digits, weights in {cache}", ["model", "images", "error %", "ECE %"], rows)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metaopt.configs.schema import MetaTrainSettings
 from metaopt.configs.sections import DataSection, MethodSection, ModelSection, SourceSection
-from metaopt.data import Stream, arrays_stream, cifar_c_stream, digits_stream, generator_for, load_arrays, load_digits
+from metaopt.data import Arrays, CifarC, Digits, Stream, generator_for, load_arrays, load_digits
 from metaopt.data.images import to_float
 from metaopt.errors import ConfigError, DataError
 from metaopt.experts import LearnedExpertsConfig, TeacherConfig
@@ -83,12 +83,13 @@ def build_stream(data: DataSection, seed: int) -> Stream:
 
 def _one_pass(data: DataSection, seed: int) -> Stream:
     if data.name == "digits":
-        return digits_stream(data.corruptions, data.severities, data.limit, seed, part=data.part)
+        return Digits(data.corruptions, data.severities, data.limit, part=data.part).stream(seed)
     if data.name == "cifar_c":
         assert data.root is not None
-        return cifar_c_stream(data.root, data.corruptions, data.severities, data.limit)
+        return CifarC(data.corruptions, data.severities, data.limit, root=data.root).stream(seed)
     assert data.images is not None
-    return arrays_stream(data.images, data.labels, data.corruptions or (), data.severities, data.limit, seed)
+    paths = {"images": data.images, "labels": data.labels}
+    return Arrays(data.corruptions, data.severities, data.limit, **paths).stream(seed)
 
 
 def check_images(model: SourceModel, images: Tensor) -> None:

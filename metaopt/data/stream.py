@@ -7,10 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from metaopt.data.digits import load_digits
 from metaopt.data.images import ImageSet, to_bytes, to_float
 from metaopt.data.seeding import generator_for
-from metaopt.data.shifts import TEST, Shift, get_shift, shift_names
+from metaopt.data.shifts import Shift, get_shift
 from metaopt.errors import DataError
 
 CHUNK = 250  # images that are corrupted at once: bounds the memory and fixes the random draws
@@ -81,41 +80,14 @@ def shifted_stream(
         seed: of what the corruptions draw.
 
     Raises:
-        DataError: an unknown corruption, a severity out of range, or no severity.
+        DataError: an unknown corruption.
     """
     if not corruptions:
-        return (Domain(name, 0.0, len(clean), lambda: clean),)
-    if not severities:
-        raise DataError("0 severities: corruptions need at least one in (0, 5]; give data.severities=[5]")
+        return [Domain(name, 0.0, len(clean), lambda: clean)]
     shifts = [get_shift(corruption) for corruption in corruptions]
-    return tuple(_shifted(clean, shift, severity, seed) for severity in severities for shift in shifts)
+    return [_shifted(clean, shift, float(severity), seed) for severity in severities for shift in shifts]
 
 
 def _shifted(clean: ImageSet, shift: Shift, severity: float, seed: int) -> Domain:
     """One lazy domain."""
-    if not 0 < severity <= 5:
-        raise DataError(f"severity {severity}: it must lie in (0, 5]; change data.severities")
-    return Domain(shift.name, float(severity), len(clean), cache(lambda: corrupt(clean, shift, severity, seed)))
-
-
-def digits_stream(
-    corruptions: Sequence[str] | None = None,
-    severities: Sequence[float] = (5,),
-    limit: int | None = None,
-    seed: int = 0,
-    part: str = "stream",
-) -> Stream:
-    """The digits' stream part under corruptions.
-
-    Args:
-        corruptions: names in the registry; ``None`` means the fifteen of CIFAR-10-C, none at all the clean images.
-        severities: each in (0, 5].
-        limit: images per corruption; ``None`` means all 669.
-        seed: of what the corruptions draw; the digits themselves stay those of seed 0.
-        part: "stream", or "source" for the labelled images that source models are trained on.
-    """
-    names = shift_names(TEST) if corruptions is None else corruptions
-    parts = {"stream": load_digits().stream, "source": load_digits().source}
-    if part not in parts:
-        raise DataError(f"unknown part '{part}' of the digits: allowed are {', '.join(parts)}; choose one")
-    return shifted_stream(parts[part].take(limit), names, severities, name="digits", seed=seed)
+    return Domain(shift.name, severity, len(clean), cache(lambda: corrupt(clean, shift, severity, seed)))

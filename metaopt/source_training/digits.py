@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from metaopt.data.digits import load_digits
 from metaopt.data.images import ImageSet
+from metaopt.data.readers.digits import load_digits
 from metaopt.errors import CheckpointError, ModelError
 from metaopt.files import atomic_save, ensure_writable_folder, safe_load, weights_sha256
 from metaopt.models.registry import load_source_model

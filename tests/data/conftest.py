@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from metaopt.data.digits import load_digits
 from metaopt.data.images import ImageSet
+from metaopt.data.readers.digits import load_digits
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from metaopt.data.images import ImageSet, to_bytes
+from metaopt.data.readers.digits import Digits
 from metaopt.data.shifts import get_shift
-from metaopt.data.stream import batches, corrupt, digits_stream, shifted_stream
+from metaopt.data.stream import batches, corrupt, shifted_stream
 from metaopt.errors import DataError
 
 
@@ -20,7 +21,7 @@ def test_batches_cover_every_image_once_with_the_short_one_last(digits):
 
 
 def test_the_order_is_shuffled_by_the_seed_alone():
-    fog, snow = digits_stream(["fog", "snow"], limit=30)
+    fog, snow = Digits(["fog", "snow"], limit=30).stream()
     orders = [
         torch.cat([part.index for part in batches(fog, size, seed=seed)]) for size, seed in ((7, 0), (30, 0), (7, 1))
     ]
@@ -31,7 +32,7 @@ def test_the_order_is_shuffled_by_the_seed_alone():
 
 
 def test_domains_come_severity_by_severity():
-    stream = digits_stream(["fog", "contrast"], severities=[1, 5], limit=4)
+    stream = Digits(["fog", "contrast"], [1, 5], limit=4).stream()
     assert [(domain.name, domain.severity, domain.size) for domain in stream] == [
         *(("fog", 1.0, 4), ("contrast", 1.0, 4)),
         *(("fog", 5.0, 4), ("contrast", 5.0, 4)),
@@ -39,7 +40,7 @@ def test_domains_come_severity_by_severity():
 
 
 def test_the_default_is_the_fifteen_at_their_hardest():
-    stream = digits_stream()
+    stream = Digits().stream()
     assert len(stream) == 15
     assert {(domain.severity, domain.size) for domain in stream} == {(5.0, 669)}
 
@@ -62,18 +63,9 @@ def test_images_without_labels_give_batches_without():
     assert next(batches(shifted_stream(unlabeled, [], [5], name="arrays")[0], 2)).labels is None
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"corruptions": ["foog"]}, "did you mean 'fog'"),
-        ({"corruptions": ["fog"], "severities": [6]}, r"severity 6: it must lie in \(0, 5\]"),
-        ({"corruptions": ["fog"], "severities": []}, "0 severities"),
-        ({"corruptions": ["fog"], "limit": 0}, "limit is 0"),
-    ],
-)
-def test_a_stream_that_cannot_be_is_refused_before_it_runs(arguments, says):
-    with pytest.raises(DataError, match=says):
-        digits_stream(**arguments)
+def test_an_unknown_corruption_is_refused_before_the_stream_runs(digits):
+    with pytest.raises(DataError, match="did you mean 'fog'"):
+        shifted_stream(digits, ["foog"], [5], name="digits")
 
 
 def test_a_batch_size_below_one_is_refused(digits):

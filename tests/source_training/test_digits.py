@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metaopt.data.digits import load_digits
+from metaopt.data.readers.digits import load_digits
 from metaopt.errors import ModelError, OutputError
 from metaopt.files import atomic_save, safe_load
 from metaopt.source_training import digits

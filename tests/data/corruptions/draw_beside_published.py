@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from metaopt.data.arrays import load_arrays
+from metaopt.data.readers.arrays import load_arrays
 from metaopt.data.shifts import get_shift
 from metaopt.data.stream import corrupt
 

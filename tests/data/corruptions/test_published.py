@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from metaopt.data.arrays import load_arrays
 from metaopt.data.images import to_float
+from metaopt.data.readers.arrays import load_arrays
 from metaopt.data.shifts import get_shift, shift_names
 from metaopt.data.stream import corrupt
 from metaopt.models.registry import load_source_model

@@ -7,6 +7,7 @@ on its own random paper: only then does a shift of colour, contrast or brightnes
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,9 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.data.images import ImageSet, to_bytes
+from metaopt.data.readers.base import Reader
 from metaopt.data.seeding import generator_for
+from metaopt.data.shifts import TEST, shift_names
+from metaopt.data.stream import Stream, shifted_stream
+from metaopt.errors import ConfigError
 
 SOURCE_SIZE, UNLABELED_SIZE = 1000, 128
+PARTS = ("stream", "source")  # the labelled ones
 SIDE = 32  # pixels
 LEAST_CONTRAST = 0.35  # smallest difference in luma between ink and paper
 LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
@@ -75,3 +81,33 @@ def _colour(strokes: Tensor, generator: torch.Generator) -> Tensor:
 def _contrast(colours: Tensor) -> Tensor:
     """Difference in luma between the two colours (N, 2, 3) of each image: (N,)."""
     return ((colours[:, 0] - colours[:, 1]) @ LUMA).abs()
+
+
+@dataclass
+class Digits(Reader):
+    """The digits under corruptions of the registry; the digits themselves stay those of seed 0.
+
+    Attributes:
+        corruptions: None: the fifteen of CIFAR-10-C; none at all: the clean images, in one domain.
+        part: "stream", 669 held-out digits, or "source", the labelled images that source models are trained on.
+    """
+
+    name: ClassVar[str] = "digits"
+    has_clean_images: ClassVar[bool] = True
+    keeps_class_mirrored: ClassVar[bool] = False
+
+    part: str = "stream"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.part not in PARTS:
+            raise ConfigError(f"data.part={self.part} is unknown; allowed are {', '.join(PARTS)}: choose one")
+
+    def clean_images(self) -> ImageSet:
+        """The 128 images of the unlabeled part."""
+        return load_digits().unlabeled
+
+    def _domains(self, seed: int) -> Stream:
+        names = shift_names(TEST) if self.corruptions is None else self.corruptions
+        clean = getattr(load_digits(), self.part).take(self.limit)
+        return shifted_stream(clean, names, self.severities, name=self.name, seed=seed)

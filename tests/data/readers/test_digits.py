@@ -1,6 +1,6 @@
 import torch
 
-from metaopt.data.digits import LEAST_CONTRAST, _contrast, load_digits
+from metaopt.data.readers.digits import LEAST_CONTRAST, _contrast, load_digits
 
 
 def test_parts_have_their_sizes_and_only_the_unlabeled_ones_have_no_labels():

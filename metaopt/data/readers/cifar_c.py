@@ -5,12 +5,14 @@ the rows (s - 1) * 10000 to s * 10000. A file with as many rows as there are dis
 """
 
 import difflib
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
-from metaopt.data.arrays import PathLike, images_tensor, labels_tensor, open_array
 from metaopt.data.images import ImageSet
+from metaopt.data.readers.arrays import images_tensor, labels_tensor, open_array
+from metaopt.data.readers.base import Reader
 from metaopt.data.shifts import TEST, shift_names
 from metaopt.data.stream import Domain, Stream
 from metaopt.errors import DataError
@@ -20,33 +22,34 @@ PUBLISHED_ROWS = 10_000  # of one severity
 SINGLE_SEVERITY = 5  # of a file that holds one severity alone
 
 
-def cifar_c_stream(
-    root: PathLike,
-    corruptions: Sequence[str] | None = None,
-    severities: Sequence[float] = (5,),
-    limit: int | None = None,
-) -> Stream:
-    """One domain per severity and corruption, corruptions innermost; files are read when a domain is met.
+@dataclass
+class CifarC(Reader):
+    """One domain per severity and corruption, corruptions innermost.
 
-    Args:
-        root: the folder.
-        corruptions: names of files without ``.npy``; ``None`` means the fifteen in their usual order.
+    A missing folder or file, a wrong shape, type or number of rows, and a severity that a file lacks raise `DataError`
+    before the first domain is met.
+
+    Attributes:
+        corruptions: names of files without ``.npy``; None: the fifteen in their usual order.
         severities: whole numbers 1 to 5.
-        limit: images per corruption, from the top of each severity; ``None`` means all.
-
-    Raises:
-        DataError: no such folder or file, a wrong shape, type or number of rows, or a severity that a file lacks.
+        limit: images of each corruption, from the top of each severity; None: all.
+        root: the folder.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise DataError(f"no folder {folder}: data.root must hold CIFAR-C files; check the path")
-    names = shift_names(TEST) if corruptions is None else tuple(corruptions)
-    if not names or not severities:
-        raise DataError(f"{len(names)} corruptions at {len(severities)} severities: at least one of each is needed")
-    if limit is not None and limit < 1:
-        raise DataError(f"the limit is {limit}: at least 1 image per corruption is needed; raise data.limit")
-    rows = len(open_array(folder / "labels.npy"))
-    return tuple(_domain(folder, name, severity, rows, limit) for severity in severities for name in names)
+
+    name: ClassVar[str] = "cifar_c"
+    required: ClassVar[tuple[str, str] | None] = ("root", "reads a folder")
+
+    root: str | None = None
+
+    def _domains(self, seed: int) -> Stream:
+        folder = Path(self.root or "")
+        if not folder.is_dir():
+            raise DataError(f"no folder {folder}: data.root must hold CIFAR-C files; check the path")
+        names = shift_names(TEST) if self.corruptions is None else self.corruptions
+        if not names:
+            raise DataError(f"0 corruptions at {len(self.severities)} severities: at least one of each is needed")
+        rows = len(open_array(folder / "labels.npy"))
+        return [_domain(folder, name, severity, rows, self.limit) for severity in self.severities for name in names]
 
 
 def _domain(folder: Path, name: str, severity: float, label_rows: int, limit: int | None) -> Domain:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from metaopt.data.arrays import arrays_stream, load_arrays
+from metaopt.data.readers.arrays import Arrays, load_arrays
 from metaopt.errors import DataError
 
 
@@ -26,14 +26,14 @@ def test_images_and_labels_come_as_tensors(files):
 
 def test_without_corruptions_the_images_stay_as_they_are(files):
     root, _ = files
-    stream = arrays_stream(root / "images.npy", root / "labels.npy", limit=4)
+    stream = Arrays(limit=4, images=str(root / "images.npy"), labels=str(root / "labels.npy")).stream()
     assert [(domain.name, domain.severity, domain.size) for domain in stream] == [("arrays", 0.0, 4)]
     assert torch.equal(stream[0].images.images, load_arrays(root / "images.npy").images[:4])
 
 
 def test_corruptions_of_the_registry_can_be_laid_over(files):
     root, _ = files
-    stream = arrays_stream(root / "images.npy", corruptions=["contrast"], severities=[5])
+    stream = Arrays(["contrast"], images=str(root / "images.npy")).stream()
     spread = stream[0].images.images.float().std(), load_arrays(root / "images.npy").images.float().std()
     assert spread[0] < 0.3 * spread[1]
 

@@ -1,12 +1,14 @@
 """Images and labels from ``.npy`` files."""
 
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from metaopt.data.images import ImageSet
+from metaopt.data.readers.base import Reader
 from metaopt.data.stream import Stream, shifted_stream
 from metaopt.errors import DataError
 
@@ -23,25 +25,26 @@ def load_arrays(images: PathLike, labels: PathLike | None = None) -> ImageSet:
     return ImageSet(pixels, None if labels is None else labels_tensor(open_array(labels), labels))
 
 
-def arrays_stream(
-    images: PathLike,
-    labels: PathLike | None = None,
-    corruptions: Sequence[str] = (),
-    severities: Sequence[float] = (5,),
-    limit: int | None = None,
-    seed: int = 0,
-) -> Stream:
+@dataclass
+class Arrays(Reader):
     """The images of a ``.npy`` file, as they are (one domain, "arrays") or under corruptions of the registry.
 
-    Args:
+    Attributes:
+        corruptions: none at all takes the images as they are.
         images: file of (N, H, W, 3) uint8.
         labels: file of (N,) integers; without it nothing can be scored.
-        corruptions: names in the registry; none at all takes the images as they are.
-        severities: each in (0, 5].
-        limit: images per corruption, from the top of the file; ``None`` means all.
-        seed: of what the corruptions draw.
     """
-    return shifted_stream(load_arrays(images, labels).take(limit), corruptions, severities, name="arrays", seed=seed)
+
+    name: ClassVar[str] = "arrays"
+    required: ClassVar[tuple[str, str] | None] = ("images", "reads .npy files")
+
+    images: str | None = None
+    labels: str | None = None
+
+    def _domains(self, seed: int) -> Stream:
+        assert self.images is not None
+        clean = load_arrays(self.images, self.labels).take(self.limit)
+        return shifted_stream(clean, self.corruptions or (), self.severities, name=self.name, seed=seed)
 
 
 def open_array(path: PathLike) -> np.ndarray:
