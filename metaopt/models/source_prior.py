@@ -25,7 +25,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from metaopt.errors import ModelError
-from metaopt.models.moments import channel_moments
 
 
 def prior_layers(module: nn.Module) -> list[str]:
@@ -72,6 +71,29 @@ class SourcePrior(TorchFunctionMode):
             if count is not None:
                 return _normalised(count, *args, **named)
         return func(*args, **named)
+
+
+@torch.no_grad()
+def channel_moments(x: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, (C,), in the type of ``near`` or, without it, of ``x``.
+
+    Args:
+        x: (B, C, ...).
+        near: numbers that may be near the means, (C,); they help where devices have no kernel of their own.
+    """
+    if x.device.type in ("cpu", "cuda"):
+        # The kernel that batch normalisation itself has for them: one pass, no temporary.
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return (mean.to(x), variance.to(x)) if near is None else (mean.to(near), variance.to(near))
+    return moments_about(x, x.new_zeros(x.shape[1]) if near is None else near)
+
+
+def moments_about(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, (C,), on any device; about ``near``, for large squares lose digits."""
+    dims = [0, *range(2, x.ndim)]
+    away = x - near.view(-1, *[1] * (x.ndim - 2))
+    offset = away.mean(dims)
+    return near + offset, away.square_().mean(dims) - offset.square()
 
 
 def _normalised(
