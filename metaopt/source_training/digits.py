@@ -16,8 +16,7 @@ from metaopt.errors import CheckpointError, ModelError
 from metaopt.files import atomic_save, ensure_writable_folder, safe_load, weights_sha256
 from metaopt.models.registry import load_source_model
 from metaopt.models.source_model import SourceModel
-from metaopt.source_training.recipes import RECIPES
-from metaopt.source_training.training import train_classifier
+from metaopt.source_training.training import RECIPES, train_classifier
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def train_digits_source(
     used is trained anew, with a warning in the log. Global random state is left alone.
 
     Args:
-        model_name: one of `metaopt.source_training.recipes.RECIPES`.
+        model_name: one of `metaopt.source_training.training.RECIPES`.
         seed: of the initial weights, the order of images and the augmentation.
         cache_dir: by default `default_cache_dir`.
         device: where to train, and where the model goes.

@@ -9,8 +9,7 @@ import torch
 
 from metaopt.data import load_digits
 from metaopt.models import load_source_model
-from metaopt.source_training.recipes import Recipe
-from metaopt.source_training.training import train_classifier
+from metaopt.source_training.training import Recipe, train_classifier
 
 ROOT = Path(__file__).resolve().parents[2]
 

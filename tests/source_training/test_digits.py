@@ -12,7 +12,7 @@ from metaopt.errors import ModelError, OutputError
 from metaopt.files import atomic_save, safe_load
 from metaopt.source_training import digits
 from metaopt.source_training.digits import default_cache_dir, train_digits_source
-from metaopt.source_training.recipes import RECIPES
+from metaopt.source_training.training import RECIPES
 
 NAME = "digits_vit"
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from metaopt.data.images import ImageSet
 from metaopt.errors import DataError
-from metaopt.source_training.recipes import Recipe
-from metaopt.source_training.training import augment, train_classifier
+from metaopt.source_training.training import Recipe, augment, train_classifier
 
 STILL = Recipe("sgd", lr=0.1, epochs=1, max_shift=0, max_rotation=0, max_scale=0)
 

@@ -1,8 +1,4 @@
-"""The blurs: Gaussian, glass, defocus, motion and zoom.
-
-Constants: Hendrycks and Dietterich, ICLR 2019, ``make_cifar_c.py``. Every function takes images (B, 3, H, W) in [0, 1],
-a severity in (0, 5] and a generator, and gives images of the same shape. Lengths scale with the images' size.
-"""
+"""The blurs: Gaussian, glass, defocus, motion and zoom, with published constants; lengths scale with the images."""
 
 import math
 

@@ -1,8 +1,6 @@
-"""Contrast, brightness and saturation.
+"""Contrast, brightness and saturation, with published constants; nothing here draws from the generator.
 
-Constants: Hendrycks and Dietterich, ICLR 2019, ``make_cifar_c.py``. The hexcone model of hue, saturation and value is
-A. R. Smith's ("Color gamut transform pairs", SIGGRAPH 1978). Every function takes images (B, 3, H, W) in [0, 1], a
-severity in (0, 5] and a generator, which nothing here draws from, and gives images of the same shape.
+The hexcone model of hue, saturation and value is A. R. Smith's ("Color gamut transform pairs", SIGGRAPH 1978).
 """
 
 import torch

@@ -1,8 +1,4 @@
-"""Elastic deformation, pixelation and JPEG compression.
-
-Constants: Hendrycks and Dietterich, ICLR 2019, ``make_cifar_c.py``. Every function takes images (B, 3, H, W) in [0, 1],
-a severity in (0, 5] and a generator, and gives images of the same shape.
-"""
+"""Elastic deformation, pixelation and JPEG compression, with published constants."""
 
 from io import BytesIO
 

@@ -1,9 +1,4 @@
-"""Pixel noise of CIFAR-10-C and speckle noise of its held-out four.
-
-Constants: D. Hendrycks and T. Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations", ICLR 2019, ``make_cifar_c.py``. Every function takes images (B, 3, H, W) in [0, 1], a severity in (0, 5]
-and a generator, and gives images of the same shape; pixels and channels are disturbed independently.
-"""
+"""Noise of each pixel and channel by itself, with published constants."""
 
 import torch
 from torch import Tensor

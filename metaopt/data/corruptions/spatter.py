@@ -1,9 +1,9 @@
 """Spatter: drops of water (severities 1 to 3) or mud (4 and 5) on the lens.
 
-Constants and the chain of filters: Hendrycks and Dietterich, ICLR 2019, ``make_cifar_c.py``. A smoothed random layer is
-cut at a threshold; what stays is liquid. Water is lit: the distance from the drops' edges (J. Canny, "A Computational
-Approach to Edge Detection", PAMI 1986) is equalised and embossed, and added in pale turquoise; the distance is exact
-here, within 2 % of the published chamfer distance. Between severities 3 and 4 falls the liquid of the nearer one.
+Constants and the chain of filters are the published ones. A smoothed random layer is cut at a threshold; what stays is
+liquid. Water is lit: the distance from the drops' edges (J. Canny, "A Computational Approach to Edge Detection", PAMI
+1986) is equalised and embossed, and added in pale turquoise; the distance is exact here, within 2 % of the published
+chamfer distance. Between severities 3 and 4 falls the liquid of the nearer one.
 """
 
 import torch
@@ -33,7 +33,7 @@ MUD_LEAST = 0.8  # thinner mud is not seen
 
 
 def spatter(images: Tensor, severity: float, generator: torch.Generator) -> Tensor:
-    """Splash water or mud on the images, (B, 3, H, W) in [0, 1]; severity in (0, 5]."""
+    """Splash water or mud on the images."""
     mean, spread, smoothing, threshold, last, mud = constants(SPATTER, severity)
     values = unit(images)
     layer = mean + spread * normal((values.shape[0], 1, *drawing_size(images)), values, generator)

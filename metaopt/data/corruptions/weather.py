@@ -1,9 +1,7 @@
-"""The weather: snow, frost and fog.
+"""The weather: snow, frost and fog, with published constants.
 
-Constants: Hendrycks and Dietterich, ICLR 2019, ``make_cifar_c.py``. Every function takes images (B, 3, H, W) in [0, 1],
-a severity in (0, 5] and a generator, and gives images of the same shape. Snow and fog follow the published recipe. Its
-frost is cut from five photographs; here it is procedural, from four kinds of frosted pane with the photographs'
-colours, contrast and grain, drawn as often as the photographs showed them.
+Snow and fog follow the published recipe. Its frost is cut from five photographs; here it is procedural, from four kinds
+of frosted pane with the photographs' colours, contrast and grain, drawn as often as the photographs showed them.
 """
 
 import torch

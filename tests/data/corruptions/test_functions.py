@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from metaopt.data import corruptions
+from metaopt.data import shifts as corruptions
 from metaopt.data.corruptions import blur, colour, weather
 from metaopt.data.corruptions.spatter import FARTHEST, canny
 from metaopt.data.corruptions.spatter import _distance as spatter_distance
