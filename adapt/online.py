@@ -23,7 +23,7 @@ from metaopt.configs.assemble import (
 )
 from metaopt.data import Batch
 from metaopt.evaluation import Monitor, closing_table, progress
-from metaopt.evaluation.calibration import confidences
+from metaopt.evaluation.error import confidences
 from metaopt.files import atomic_write_text, ensure_writable_folder
 from metaopt.online import OnlineAdapter, RunReport, run_stream
 from metaopt.online.layers import COLUMNS, memory_rows, to_csv

@@ -1,4 +1,4 @@
-"""Error and calibration of one domain of a stream, batch by batch."""
+"""Error and expected calibration error (ECE) of one domain of a stream, batch by batch."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from metaopt.errors import DataError
-from metaopt.evaluation.calibration import CalibrationError, confidences
+
+_JUST_UNDER_ONE = 1.0 - 1e-12
+
+
+def confidences(logits: Tensor) -> Tensor:
+    """Largest softmax probability of each row of (B, C), (B,) in float64; 0 without a softmax (NaN or +inf in it)."""
+    return torch.softmax(logits.detach().double(), dim=1).amax(dim=1).nan_to_num(nan=0.0)
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,8 @@ class DomainResult:
 class DomainScore:
     """Counts errors and calibration over the batches of one domain.
 
-    A row without a softmax (NaN or +inf in it) counts as wrong, with confidence 0: diverging is no excuse.
+    ECE is the mean over images of their confidence bin's |accuracy - confidence| (Guo et al., ICML 2017, eq. 3), the
+    bins being equally wide. A row without a softmax counts as wrong, with confidence 0: diverging is no excuse.
 
     Args:
         num_classes: C, which the logits must have and the labels stay under.
@@ -29,11 +36,15 @@ class DomainScore:
     """
 
     def __init__(self, num_classes: int, *, bins: int = 15) -> None:
+        from torchmetrics.classification import BinaryCalibrationError
+
         self.num_classes = num_classes
         self.images = 0
         self.cumulative_error: list[float] = []  # percent over all images so far, after each labelled batch
         self._wrong = self._labelled = 0  # images
-        self._calibration = CalibrationError(bins)
+        # Fed with confidences and hits: it takes logits that all happen to lie in [0, 1] for probabilities, and gives
+        # confidences of exactly 1 a bin of their own.
+        self._calibration = BinaryCalibrationError(n_bins=bins, norm="l1")
 
     def update(self, logits: Tensor, labels: Tensor | None = None) -> None:
         """Add a batch.
@@ -58,13 +69,14 @@ class DomainScore:
         correct = (logits.detach().argmax(dim=1) == labels) & (confidence > 0)  # (B,)
         self._wrong += int((~correct).sum())
         self._labelled += len(labels)
-        self._calibration.update(confidence, correct)
+        self._calibration.update(confidence.cpu().clamp(max=_JUST_UNDER_ONE), correct.cpu().long())
         self.cumulative_error.append(100.0 * self._wrong / self._labelled)
 
     def result(self) -> DomainResult:
         """Error and ECE over the batches so far."""
-        error = self.cumulative_error[-1] if self.cumulative_error else None
-        return DomainResult(error=error, ece=self._calibration.percent(), images=self.images)
+        if not self.cumulative_error:
+            return DomainResult(None, None, self.images)
+        return DomainResult(self.cumulative_error[-1], 100.0 * float(self._calibration.compute()), self.images)
 
     def _checked(self, labels: Tensor, count: int) -> Tensor:
         if labels.shape != (count,):

@@ -19,28 +19,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
-# Chart groups of TensorBoard's "Custom scalars" tab: group -> chart -> pattern of the tags it draws.
-LAYOUT = {
+# Chart groups of TensorBoard's "Custom scalars" tab: group -> chart -> patterns of the tags it draws.
+_CHARTS = {
     "Meta": {
-        "loss": ["Multiline", [r"meta/loss.*"]],
-        "gradient norm": ["Multiline", [r"meta/grad_norm"]],
-        "selection loss": ["Multiline", [r"meta/selection_loss"]],
-        "unroll steps, skipped updates": ["Multiline", [r"meta/steps", r"meta/skipped"]],
-        "bytes over budget": ["Multiline", [r"meta/bytes_over_budget"]],
+        "loss": [r"meta/loss.*"],
+        "gradient norm": [r"meta/grad_norm"],
+        "selection loss": [r"meta/selection_loss"],
+        "unroll steps, skipped updates": [r"meta/steps", r"meta/skipped"],
+        "bytes over budget": [r"meta/bytes_over_budget"],
     },
     "Policy": {
-        "keep ratio": ["Multiline", [r"policy/keep_ratio/.*"]],
-        "bits kept": ["Multiline", [r"policy/bits/.*"]],
-        "expert usage": ["Multiline", [r"policy/expert_usage/.*"]],
+        "keep ratio": [r"policy/keep_ratio/.*"],
+        "bits kept": [r"policy/bits/.*"],
+        "expert usage": [r"policy/expert_usage/.*"],
     },
     "Online": {
-        "error": ["Multiline", [r"online/error"]],
-        "entropy": ["Multiline", [r"online/entropy"]],
-        "activation MiB": ["Multiline", [r"online/activation_mib"]],
-        "step ms": ["Multiline", [r"online/step_ms"]],
-        "guard": ["Multiline", [r"online/guard/.*"]],
+        "error": [r"online/error"],
+        "entropy": [r"online/entropy"],
+        "activation MiB": [r"online/activation_mib"],
+        "step ms": [r"online/step_ms"],
+        "guard": [r"online/guard/.*"],
     },
 }
+LAYOUT = {group: {chart: ["Multiline", tags] for chart, tags in charts.items()} for group, charts in _CHARTS.items()}
 
 _EVENT_PREFIX = "events.out.tfevents."
 
@@ -155,29 +156,22 @@ def read_scalars(folder: str | Path, tag: str) -> list[tuple[int, float]]:
 
 
 def curve_figure(values: Sequence[float], title: str, xlabel: str, ylabel: str) -> "Figure":
-    """A line through ``values`` at positions 1, 2, ...; made without pyplot, so no global state is touched."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(range(1, len(values) + 1), [float(value) for value in values], marker="o", markersize=3)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    return figure
+    """A line through ``values`` at positions 1, 2, ..."""
+    return curves_figure({"": [(place, float(value)) for place, value in enumerate(values, 1)]}, title, xlabel, ylabel)
 
 
 def curves_figure(
     curves: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str
 ) -> "Figure":
-    """A line for each name through its points (x, y), which are sorted first."""
+    """A line for each name through its points (x, y), which are sorted first; pyplot's global state stays untouched."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for name, points in curves.items():
-        xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, marker="o", markersize=4, label=name)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if any(curves):
+        axes.legend()
     return figure

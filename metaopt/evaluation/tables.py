@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,12 +42,6 @@ def closing_table(
         console.width = Measurement.get(console, unlimited, table).maximum
     console.print(Text(title), soft_wrap=True)
     console.print(table)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 class ProgressBar:
@@ -121,27 +116,25 @@ class ProgressBar:
             return
         if loss is not None:
             self.loss = float(loss)
+        shown = "" if self.loss is None else f" loss {self.loss:.4f}"
         if self._bar is not None:
-            shown = "" if self.loss is None else f"loss {self.loss:.4f}"
-            self._bar.update(self._bar.task_ids[0], completed=self.completed, loss=shown)
+            self._bar.update(self._bar.task_ids[0], completed=self.completed, loss=shown.lstrip())
         else:
-            self._print_line_when_due()
+            self._print_line_when_due(shown)
 
-    def _print_line_when_due(self) -> None:
+    def _print_line_when_due(self, shown: str) -> None:
         now = time.monotonic()
         early = self._last_line is not None and now - self._last_line < self._seconds_between_lines
         if early and self.completed != self.total:
             return
         self._last_line = now
-        line = f"{self.description} {self.completed}/{self.total}"
-        if self.loss is not None:
-            line += f" loss {self.loss:.4f}"
+        line = f"{self.description} {self.completed}/{self.total}{shown}"
         done = self.completed - self._started_with
         if done > 0 and self.completed < self.total:
-            line += f" ETA {_clock((now - self._start) / done * (self.total - self.completed))}"
+            left = round((now - self._start) / done * (self.total - self.completed))
+            line += f" ETA {timedelta(seconds=left)}"
         print(line, file=self._file, flush=True)
 
 
-def progress(total: int, description: str, *, quiet: bool = False, completed: int = 0) -> ProgressBar:
-    """A progress bar on standard error: ``with progress(100, "Meta-training") as bar: ...; bar.update(loss=loss)``."""
-    return ProgressBar(total, description, quiet=quiet, completed=completed)
+progress = ProgressBar
+"""``with progress(100, "Meta-training") as bar: ...; bar.update(loss=loss)``."""

@@ -10,7 +10,6 @@ that refers to the container, no closure: deep copies and pickles of the source 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 
 from metaopt.errors import ModelError
 from metaopt.experts.config import ExpertsConfig
-from metaopt.experts.gates import ActivationSparsityGate, DomainAwareGate
 from metaopt.experts.mixture import EXPERT_TENSORS, ExpertMixture
 from metaopt.experts.sites import Site, SitePredicate, find_sites, from_tokens, to_tokens
 from metaopt.models import SourceModel
@@ -51,20 +49,6 @@ class Experts(nn.Module):
     def mixture(self, site: Site) -> ExpertMixture:
         """The mixture at a site."""
         return self.get_submodule(site_key(site))  # type: ignore[return-value]
-
-    def set_dropout(self, mode: str, temperature: float | None = None) -> None:
-        """Switch every mixture's dropout: "hard" to deploy, "soft" or "straight_through" to meta-train.
-
-        Raises:
-            ConfigError: the mode or the temperature is out of range.
-        """
-        changes: dict[str, Any] = {"dropout": mode}
-        if temperature is not None:
-            changes["temperature"] = temperature
-        config = replace(self.config, **changes)
-        for module in self.modules():
-            if isinstance(module, Experts | ExpertMixture | DomainAwareGate | ActivationSparsityGate):
-                module.config = config
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:

@@ -26,15 +26,6 @@ class ExpertCosts:
     backbone_held_mib: float  # the same, adapting norm affine alone, without experts
     latency_ratio: float  # forward pass with over without experts, median over pairs
 
-    def table(self) -> str:
-        """Three lines for a terminal."""
-        return (
-            f"parameters {self.parameters:,} beside {self.backbone_parameters:,} "
-            f"({self.parameters / self.backbone_parameters:+.1%})\n"
-            f"FLOPs {self.flops:,} against {self.backbone_flops:,} ({self.flops / self.backbone_flops - 1:+.1%})\n"
-            f"held {self.held_mib:.2f} MiB against {self.backbone_held_mib:.2f}, latency x{self.latency_ratio:.2f}"
-        )
-
 
 def expert_costs(model: SourceModel, images: Tensor, *, batch_statistics: bool = False, pairs: int = 5) -> ExpertCosts:
     """Measure the experts of a model.

@@ -1,4 +1,4 @@
-"""Which experts are used on which domain: mean weights and how often each is chosen, for tables and figures."""
+"""Which experts are used on which domain: mean weights, for curves and figures."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,7 @@ class ExpertUsage:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Tensor]] = {}  # domain -> site -> (2, E): weights, times chosen
+        self._sums: dict[str, dict[str, Tensor]] = {}  # domain -> site -> (E,)
         self._tokens: dict[str, dict[str, int]] = {}
 
     @property
@@ -46,9 +46,8 @@ class ExpertUsage:
     def _hook(self, domain: str, site: str) -> Any:
         def record(_gate: nn.Module, _inputs: Any, weights: Tensor) -> None:
             rows = weights.detach().flatten(0, -2).double()  # (tokens or samples, E)
-            counted = torch.stack([rows.sum(dim=0), (rows > 0).double().sum(dim=0)]).cpu()
             sums, tokens = self._sums.setdefault(domain, {}), self._tokens.setdefault(domain, {})
-            sums[site] = sums.get(site, torch.zeros(())) + counted
+            sums[site] = sums.get(site, torch.zeros(())) + rows.sum(dim=0).cpu()
             tokens[site] = tokens.get(site, 0) + rows.shape[0]
 
         return record
@@ -59,20 +58,9 @@ class ExpertUsage:
         Raises:
             DataError: nothing was recorded of the domain.
         """
-        return {site: sums[0] / self._tokens[domain][site] for site, sums in self._of(domain).items()}
-
-    def chosen(self, domain: str) -> dict[str, Tensor]:
-        """Share of the domain's tokens for which each expert is among the chosen ones, (E,) for each site.
-
-        Raises:
-            DataError: nothing was recorded of the domain.
-        """
-        return {site: sums[1] / self._tokens[domain][site] for site, sums in self._of(domain).items()}
-
-    def _of(self, domain: str) -> dict[str, Tensor]:
         if domain not in self._sums:
             raise DataError(f"no expert usage of domain {domain!r}; allowed are {', '.join(self.domains) or 'none'}")
-        return self._sums[domain]
+        return {site: total / self._tokens[domain][site] for site, total in self._sums[domain].items()}
 
     def by_expert(self, model: nn.Module, domain: str) -> dict[str, float]:
         """Mean weight of each expert over the domain's tokens and all sites, by a name for a tag, such as ``low_0``.
@@ -85,13 +73,6 @@ class ExpertUsage:
 
     def _mean(self, domain: str) -> Tensor:
         return torch.stack([*self.weights(domain).values()]).mean(dim=0)
-
-    def to_dict(self) -> dict[str, dict[str, list[float]]]:
-        """Mean weights as primitives: domain -> site -> one number for each expert."""
-        return {
-            domain: {site: weights.tolist() for site, weights in self.weights(domain).items()}
-            for domain in self.domains
-        }
 
     def figure(self, experts: Experts) -> "Figure":
         """Mean weights over all sites, domains against experts; domain-specific experts are marked "low".

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 __all__ = ["CifarResNet", "cifar_resnet20", "cifar_resnet56"]
 
-_CFG = {
+SMALL_IMAGES = {
     "url": "",
     "num_classes": 10,
     "input_size": (3, 32, 32),
     "pool_size": None,
     "crop_pct": 1.0,
     "interpolation": "bilinear",
+}
+"""What timm is to know of every network here."""
+
+_CFG = SMALL_IMAGES | {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
     "first_conv": "conv1",

@@ -19,16 +19,13 @@ from timm.models import VisionTransformer, build_model_with_cfg, register_model
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
+from metaopt.models.cifar_resnet import SMALL_IMAGES
+
 __all__ = ["digits_vit"]
 
 default_cfgs = {
-    "digits_vit": {
-        "url": "",
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
+    "digits_vit": SMALL_IMAGES
+    | {
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
         "first_conv": "patch_embed.backbone.0.conv",

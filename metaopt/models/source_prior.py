@@ -74,18 +74,13 @@ class SourcePrior(TorchFunctionMode):
 
 
 @torch.no_grad()
-def channel_moments(x: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, (C,), in the type of ``near`` or, without it, of ``x``.
-
-    Args:
-        x: (B, C, ...).
-        near: numbers that may be near the means, (C,); they help where devices have no kernel of their own.
-    """
+def channel_moments(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of (B, C, ...), (C,), in the type of ``near``: see `moments_about`."""
     if x.device.type in ("cpu", "cuda"):
         # The kernel that batch normalisation itself has for them: one pass, no temporary.
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return (mean.to(x), variance.to(x)) if near is None else (mean.to(near), variance.to(near))
-    return moments_about(x, x.new_zeros(x.shape[1]) if near is None else near)
+        return mean.to(near), variance.to(near)
+    return moments_about(x, near)
 
 
 def moments_about(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def test_a_figure_is_written_as_an_image(tmp_path: Path):
         monitor.figure("meta/loss_over_unroll", curve_figure([3.0, 2.0, 1.5], "Meta-loss", "step", "loss"), 4)
     events = EventAccumulator(str(tmp_path)).Reload()
     (image,) = events.Images("meta/loss_over_unroll")
-    assert (image.step, image.width, image.height) == (4, 500, 320)
+    assert (image.step, image.width, image.height) == (4, 600, 400)
     assert image.encoded_image_string.startswith(b"\x89PNG")
 
 

@@ -27,7 +27,6 @@ def test_costs(family: str) -> None:
     assert costs.flops - costs.backbone_flops == flops
     assert costs.held_mib > costs.backbone_held_mib > 0
     assert costs.latency_ratio > 0
-    assert f"parameters {scalars:,} beside" in costs.table()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(tensor.requires_grad and tensor.grad is None for tensor in model.parameters())
 
@@ -46,9 +45,7 @@ def test_usage_by_domain() -> None:
     assert usage.domains == ("fog", "snow")
     fog = torch.cat([weights[0], weights[2]]).flatten(0, 1).double()
     torch.testing.assert_close(usage.weights("fog")["blocks/1/mlp"], fog.mean(0))
-    torch.testing.assert_close(usage.chosen("fog")["blocks/1/mlp"], (fog > 0).double().mean(0))
-    assert float(usage.chosen("snow")["blocks/0/mlp"].sum()) == pytest.approx(2)
-    assert usage.to_dict()["snow"]["blocks/0/mlp"] == usage.weights("snow")["blocks/0/mlp"].tolist()
+    assert float(usage.weights("snow")["blocks/0/mlp"].sum()) == pytest.approx(1)
     axes = usage.figure(get_experts(model)).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["low 0", "low 1", "high 2", "high 3"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["fog", "snow"]
