@@ -42,7 +42,12 @@ def atomic_write_bytes(content: bytes, path: str | os.PathLike[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        with suppress(OSError):  # flush the rename to disk too, where the system can: Windows cannot open folders
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise OutputError(
             f"cannot write '{target}' ({error.strerror or error}); give a path in a folder that can be written"
@@ -51,16 +56,6 @@ def atomic_write_bytes(content: bytes, path: str | os.PathLike[str]) -> None:
         # Gone after a successful rename; left over after an error or an interrupt. A parent that is no folder raises.
         with suppress(OSError):
             temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the folder's entry of a rename to disk, where the system can (Windows cannot open folders)."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def atomic_write_text(text: str, path: str | os.PathLike[str]) -> None:
@@ -91,8 +86,10 @@ def safe_load(path: str | os.PathLike[str], *, checksums: bool = False) -> Any:
     if not source.is_file():
         raise CheckpointError(f"'{source}' is a folder; give the path of a file written by torch.save")
     try:
-        if checksums:
-            _compare_checksums(source)
+        if checksums and zipfile.is_zipfile(source):  # else not of atomic_save: torch says what it is
+            with zipfile.ZipFile(source) as archive:
+                if (member := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"checksum of {member}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it is TorchScript: refused below
             return torch.load(source, map_location="cpu", weights_only=True)
@@ -103,23 +100,12 @@ def safe_load(path: str | os.PathLike[str], *, checksums: bool = False) -> Any:
                 "allowed: save the model's state_dict() and give that file"
             ) from error
         raise _broken(source, error) from error
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # torch seeks by what a damaged file says, before its start
-            raise _broken(source, error) from error
-        raise CheckpointError(
-            f"cannot read '{source}' ({error.strerror or error}); give a file that can be read"
-        ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise _broken(source, error) from error
-
-
-def _compare_checksums(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
-        return  # not of atomic_save: torch says what it is
-    with zipfile.ZipFile(path) as archive:
-        member = archive.testzip()
-    if member is not None:
-        raise zipfile.BadZipFile(f"checksum of {member}")
+        # EINVAL: torch seeks by what a damaged file says, before its start.
+        if not isinstance(error, OSError) or error.errno == errno.EINVAL:
+            raise _broken(source, error) from error
+        why = error.strerror or error
+        raise CheckpointError(f"cannot read '{source}' ({why}); give a file that can be read") from error
 
 
 def _would_run_code(path: Path, message: str) -> bool:

@@ -7,7 +7,7 @@ with a strength in (0, 5] that stays the same over the batch. Add your deploymen
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,24 +100,6 @@ def get_shift(name: str) -> Shift:
 def shift_names(family: str | None = None) -> tuple[str, ...]:
     """Names in the order of registration, of one family or of all."""
     return tuple(shift.name for shift in _SHIFTS.values() if family in (None, shift.family))
-
-
-def compose(shifts: Sequence[Shift | str]) -> Shift:
-    """One shift that applies several in turn, all at the strength that it is called with.
-
-    Raises:
-        DataError: no shift was given, or a name is unknown.
-    """
-    chain = [get_shift(shift) if isinstance(shift, str) else shift for shift in shifts]
-    if not chain:
-        raise DataError("0 shifts to compose: at least one is needed; name it")
-
-    def apply(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-        for shift in chain:
-            images = shift(images, strength, generator)
-        return images
-
-    return Shift("+".join(shift.name for shift in chain), apply, "composed")
 
 
 def _describe(value: object) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -85,9 +85,8 @@ def shifted_stream(
     if not corruptions:
         return [Domain(name, 0.0, len(clean), lambda: clean)]
     shifts = [get_shift(corruption) for corruption in corruptions]
-    return [_shifted(clean, shift, float(severity), seed) for severity in severities for shift in shifts]
-
-
-def _shifted(clean: ImageSet, shift: Shift, severity: float, seed: int) -> Domain:
-    """One lazy domain."""
-    return Domain(shift.name, severity, len(clean), cache(lambda: corrupt(clean, shift, severity, seed)))
+    return [
+        Domain(shift.name, float(severity), len(clean), cache(partial(corrupt, clean, shift, severity, seed)))
+        for severity in severities
+        for shift in shifts
+    ]

@@ -66,12 +66,9 @@ class LayerNames:
 class NodeAttributes:
     """What custom autograd Functions keep as attributes of ``ctx``, beside ``save_for_backward``.
 
-    Nodes are found by walking the graph behind tensors, each once. An attribute counts from when its node is found, or
-    from after the node's backward where it was set there, until it is gone or the node is.
-
-    Args:
-        ledger: where it counts.
-        layer: tells the name of the layer at work.
+    Nodes are found by walking the graph behind tensors, each once. An attribute counts in the ledger, for the layer at
+    work, from when its node is found, or from after the node's backward where it was set there, until it is gone or the
+    node is.
     """
 
     def __init__(self, ledger: Ledger, layer: Callable[[], str]) -> None:
@@ -122,12 +119,9 @@ class NodeAttributes:
 
 
 class ResultWatcher(TorchFunctionMode):
-    """Looks at the graph behind the arguments and results of all torch functions in its context.
+    """Shows ``find`` the arguments and results of all torch functions in its context; it tells if their graph grew.
 
-    Args:
-        find: shown arguments and results; tells whether the graph behind them has grown.
-        mark: called before a function runs; what it gives is handed to ``grown``.
-        grown: called after a function by which the graph has grown.
+    ``mark`` is called before a function runs, and what it gives handed to ``grown`` after one by which the graph grew.
     """
 
     def __init__(self, find: Callable[[Any], bool], mark: Callable[[], int], grown: Callable[[int], None]) -> None:

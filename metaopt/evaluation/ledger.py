@@ -22,8 +22,7 @@ class _Entry:
 class Ledger(Bookkeeping):
     """Counts each block once, for as long as at least one claim on it lives; it belongs to the layer that came first.
 
-    Args:
-        excluded: keys of blocks that never count.
+    Blocks whose keys are ``excluded`` never count.
     """
 
     def __init__(self, excluded: Iterable[int] = ()) -> None:

@@ -146,7 +146,8 @@ class MemoryMeter(Bookkeeping):
         _autograd._push_saved_tensors_default_hooks(
             *((self._pack, self._unpack) if around is None else self._metered(*around))
         )
-        _watch_inner_hooks(self)
+        _watching.append(self)
+        saved_tensors_hooks.__enter__ = _enter_watched
         self._names.__enter__()
         self._results = ResultWatcher(self._attributes.find, lambda: len(self._unsettled), self._settle)
         self._results.__enter__()
@@ -158,7 +159,9 @@ class MemoryMeter(Bookkeeping):
         self._results.__exit__(*exception)
         self._results = None
         self._names.__exit__(*exception)
-        _leave_inner_hooks(self)
+        _watching.remove(self)
+        if not _watching:
+            saved_tensors_hooks.__enter__ = _enter_unwatched
         _autograd._pop_saved_tensors_default_hooks()
         if self._cuda_devices:
             peak = sum(torch.cuda.max_memory_allocated(device) for device in self._cuda_devices)
@@ -228,14 +231,3 @@ def _enter_watched(self: saved_tensors_hooks) -> None:
 
 
 _enter_unwatched = saved_tensors_hooks.__enter__
-
-
-def _watch_inner_hooks(meter: MemoryMeter) -> None:
-    _watching.append(meter)
-    saved_tensors_hooks.__enter__ = _enter_watched
-
-
-def _leave_inner_hooks(meter: MemoryMeter) -> None:
-    _watching.remove(meter)
-    if not _watching:
-        saved_tensors_hooks.__enter__ = _enter_unwatched

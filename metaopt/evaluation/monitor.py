@@ -67,13 +67,6 @@ def _quiet_reading() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _open_writer(folder: Path, purge_step: int) -> "SummaryWriter":
-    with _quiet_import():
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
-
-
 def _wait_for_later_file_name(folder: Path) -> None:
     """Event files are read in the order of their names, which begin with the second they were made in."""
     made = (path.name.removeprefix(_EVENT_PREFIX).split(".")[0] for path in folder.glob(f"{_EVENT_PREFIX}*"))
@@ -98,7 +91,10 @@ class Monitor:
         self._writer: SummaryWriter | None = None
         if self.folder is not None:
             _wait_for_later_file_name(self.folder)
-            self._writer = _open_writer(self.folder, resume_step)
+            with _quiet_import():
+                from torch.utils import tensorboard
+
+                self._writer = tensorboard.SummaryWriter(str(self.folder), purge_step=resume_step, flush_secs=10)
             self._writer.add_custom_scalars(LAYOUT)
 
     def scalar(self, tag: str, value: Any, step: int) -> None:

@@ -30,12 +30,7 @@ _DEFAULT_SIDE = 64  # pixels of the image that finds the sites, where the model 
 
 
 class Experts(nn.Module):
-    """The mixtures of one source model, by site; see `attach_experts`.
-
-    Args:
-        config: of every mixture.
-        sites: where they go.
-    """
+    """The mixtures of one source model, one for each site, all of one config; see `attach_experts`."""
 
     def __init__(self, config: ExpertsConfig, sites: list[Site]) -> None:
         super().__init__()
@@ -144,10 +139,7 @@ def attach_experts(
 def with_experts(model: SourceModel, config: ExpertsConfig, *, seed: int = 0) -> SourceModel:
     """Another model with experts, which shares every tensor of the network with ``model``; that one stays as it is.
 
-    Args:
-        model: source model.
-        config: of every mixture.
-        seed: of the experts' and gates' first values.
+    ``seed`` is that of the experts' and gates' first values.
 
     Raises:
         ModelError: as of `attach_experts`.
@@ -159,10 +151,7 @@ def with_experts(model: SourceModel, config: ExpertsConfig, *, seed: int = 0) ->
 
 
 def detach_experts(model: SourceModel) -> Experts:
-    """Take the experts off; the model is as before they came.
-
-    Returns:
-        The experts, with what they have learned.
+    """Take the experts off and give them back, with what they have learned; the model is as before they came.
 
     Raises:
         ModelError: the model has none.
@@ -191,12 +180,8 @@ def expert_layout(model: nn.Module, *, experts: bool = True, gates: bool = True)
     """The tensors of a source model's experts and of their gates, as `metaopt.parameters.adapted_layout` gives norms'.
 
     Kinds are "expert.up_weight" and the like, "dag.weight", "asg.bias"; depth is the site's, 0 (first) to 1 (last).
-    ASG learns nothing under hard dropout: leave its tensors to meta-training.
-
-    Args:
-        model: with experts attached.
-        experts: whether the experts' own tensors count.
-        gates: whether their gates' tensors count.
+    ``experts`` and ``gates`` say which of the two count. ASG learns nothing under hard dropout: leave its tensors to
+    meta-training.
 
     Raises:
         ModelError: the model has no experts.

@@ -68,7 +68,7 @@ class ExpertUsage:
         Raises:
             DataError: nothing was recorded of the domain.
         """
-        names = [name.replace(" ", "_") for name in expert_names(get_experts(model))]
+        names = (name.replace(" ", "_") for name in expert_names(get_experts(model)))
         return dict(zip(names, self._mean(domain).tolist(), strict=True))
 
     def _mean(self, domain: str) -> Tensor:

@@ -53,18 +53,7 @@ def _norm_layers(module: nn.Module) -> Iterator[str]:
     return (name for name, layer in module.named_modules() if name and isinstance(layer, kinds))
 
 
-def has_class_token(module: nn.Module) -> bool:
-    """Whether token 0 of the network's sequences is a learned class token."""
-    return any(name.rsplit(".", 1)[-1] in _CLASS_TOKEN_NAMES for name, _ in module.named_parameters())
-
-
-def patch_count(module: nn.Module) -> int | None:
-    """Number of patch tokens at the network's own image size, where it tells."""
-    count = getattr(getattr(module, "patch_embed", None), "num_patches", None)
-    return count if isinstance(count, int) else None
-
-
-def channels_last_output(module: nn.Module, block: nn.Module, output: Tensor) -> bool:
+def _channels_last_output(module: nn.Module, block: nn.Module, output: Tensor) -> bool:
     """Whether a block's 4-D output is (B, H, W, D) rather than (B, D, H, W).
 
     timm models tell by ``output_fmt``. Others (torchvision's Swin) give themselves away by a LayerNorm over the last
@@ -97,8 +86,10 @@ def pool_features(module: nn.Module, block: nn.Module, output: Tensor, batch_siz
     if output.ndim == 3:
         if output.shape[0] != batch_size:
             output = output.transpose(0, 1)
-        patches_only = output.shape[1] == patch_count(module)
-        return output[:, 0] if has_class_token(module) and not patches_only else output.mean(dim=1)
-    if output.ndim == 4 and channels_last_output(module, block, output):
+        names = (name.rsplit(".", 1)[-1] for name, _ in module.named_parameters())
+        has_class_token = any(name in _CLASS_TOKEN_NAMES for name in names)
+        patches_only = output.shape[1] == getattr(getattr(module, "patch_embed", None), "num_patches", None)
+        return output[:, 0] if has_class_token and not patches_only else output.mean(dim=1)
+    if output.ndim == 4 and _channels_last_output(module, block, output):
         return output.mean(dim=(1, 2))
     return output.flatten(2).mean(dim=2)

@@ -193,9 +193,9 @@ def _complete_spec(
     module: nn.Module, spec: ModelSpec | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> ModelSpec:
     """The spec given, or one read off the module, with the normalisation that was asked for."""
-    cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
-    cfg = cfg if isinstance(cfg, dict) else {}
     if spec is None:
+        cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+        cfg = cfg if isinstance(cfg, dict) else {}
         spec = ModelSpec(
             name=cfg.get("architecture") or f"{CUSTOM_PREFIX}{type(module).__name__}",
             num_classes=_count_classes(module),
@@ -203,11 +203,8 @@ def _complete_spec(
             mean=triple("mean", cfg.get("mean") or ModelSpec.mean),
             std=triple("std", cfg.get("std") or ModelSpec.std),
         )
-    return replace(
-        spec,
-        mean=spec.mean if mean is None else triple("mean", mean),
-        std=spec.std if std is None else triple("std", std),
-    )
+    given = {"mean": mean, "std": std}
+    return replace(spec, **{label: triple(label, values) for label, values in given.items() if values is not None})
 
 
 def _count_classes(module: nn.Module) -> int:

@@ -52,13 +52,9 @@ class ModelSpec:
             raise CheckpointError(f"model spec has keys {sorted(values)}; allowed are {sorted(names)}: save it again")
         try:
             size = values["input_size"]
-            return cls(
-                name=str(values["name"]),
-                num_classes=int(values["num_classes"]),
-                input_size=None if size is None else (int(size[0]), int(size[1]), int(size[2])),
-                mean=triple("mean", values["mean"]),
-                std=triple("std", values["std"]),
-            )
+            size = None if size is None else (int(size[0]), int(size[1]), int(size[2]))
+            mean, std = (triple(label, values[label]) for label in ("mean", "std"))
+            return cls(str(values["name"]), int(values["num_classes"]), size, mean, std)
         except (TypeError, ValueError, IndexError, ModelError) as error:
             raise CheckpointError(f"model spec {dict(values)} is of no use ({error}); save it again") from error
 

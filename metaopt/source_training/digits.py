@@ -60,7 +60,8 @@ def train_digits_source(
         torch.manual_seed(seed)  # layers draw their initial weights from the global generator
         model = load_source_model(model_name, num_classes=10)
     config = _config(model_name, seed, data, model)
-    path = Path(cache_dir or default_cache_dir()) / _file_name(model_name, config)
+    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    path = Path(cache_dir or default_cache_dir()) / f"digits-{model_name}-{key[:16]}.pt"
     if not _read(path, config, model):
         ensure_writable_folder(path.parent)
         model.to(device)
@@ -91,11 +92,6 @@ def _config(model_name: str, seed: int, data: ImageSet, model: SourceModel) -> d
         "mean": list(model.spec.mean),
         "std": list(model.spec.std),
     }
-
-
-def _file_name(model_name: str, config: dict[str, Any]) -> str:
-    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    return f"digits-{model_name}-{key[:16]}.pt"
 
 
 def _read(path: Path, config: dict[str, Any], model: SourceModel) -> bool:

@@ -81,12 +81,11 @@ def train_classifier(
         module: takes normalised (B, 3, H, W), gives (B, C) logits.
         data: images and labels.
         recipe: how.
-        mean: (1, 3, 1, 1), of images in [0, 1].
-        std: (1, 3, 1, 1).
+        mean, std: (1, 3, 1, 1), of images in [0, 1].
         generator: on the CPU; of the order of images and of the augmentation.
         channels_last: memory format of the batches, which is to be that of the module's weights.
-        title: text beside the progress bar.
-        progress: show the bar, with the loss and the time left.
+        title: text beside the progress bar, which shows the loss and the time left.
+        progress: show it.
 
     Raises:
         DataError: the images have no labels.

@@ -4,7 +4,7 @@ import torch
 from metaopt.data import shifts
 from metaopt.data.images import to_float
 from metaopt.data.seeding import generator_for
-from metaopt.data.shifts import Shift, compose, get_shift, register_shift, shift_names
+from metaopt.data.shifts import Shift, get_shift, register_shift, shift_names
 from metaopt.errors import DataError
 
 
@@ -105,16 +105,6 @@ def test_a_users_shift_is_found_and_its_name_cannot_be_taken_twice(registry, dig
 def test_what_a_users_shift_gives_is_checked(digits, function, says):
     with pytest.raises(DataError, match=says):
         Shift("bad", function, "meta")(to_float(digits.images), 2.0, generator_for(0))
-
-
-def test_composed_shifts_apply_in_order(digits):
-    images = to_float(digits.images)
-    composed = compose(["contrast", get_shift("speckle_noise")])
-    expected = get_shift("speckle_noise")(get_shift("contrast")(images, 2.0, generator_for(0)), 2.0, generator_for(0))
-    assert composed.name == "contrast+speckle_noise"
-    assert torch.equal(composed(images, 2.0, generator_for(0)), expected)
-    with pytest.raises(DataError, match="0 shifts"):
-        compose([])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -52,11 +52,7 @@ class Reader:
                 )
 
     def check_stream(self) -> None:
-        """Refuse settings that describe no stream, before anything is read.
-
-        Raises:
-            ConfigError: what a stream is read from is not set.
-        """
+        """Raise `ConfigError` where what a stream is read from is not set, before anything is read."""
         if self.required is not None and getattr(self, self.required[0]) is None:
             key, why = self.required
             raise ConfigError(f"data.{key} is not set; data={self.name} {why}: set data.{key}=PATH")
