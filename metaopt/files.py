@@ -27,8 +27,7 @@ _PICKLE_START = b"\x80"
 def atomic_write_bytes(content: bytes, path: str | os.PathLike[str]) -> None:
     """Write ``content`` so that ``path`` holds either the old content or all of the new one, never a part.
 
-    A temporary file in the same folder is written, flushed to disk and renamed over ``path``. Missing parent folders
-    are made.
+    A temporary file beside it is written, flushed to disk and renamed. Missing parent folders are made.
 
     Raises:
         OutputError: the folder or the file cannot be written.

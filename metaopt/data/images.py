@@ -21,7 +21,7 @@ class ImageSet:
     labels: Tensor | None = None  # (N,) int64
 
     def __post_init__(self) -> None:
-        """Check shapes and types once, so that nobody downstream has to."""
+        # Once, so that nobody downstream has to.
         if self.images.dtype != torch.uint8:
             raise DataError(f"images have type {self.images.dtype}: an image set holds uint8; scale to 0..255 and cast")
         check_image_shape(self.images)

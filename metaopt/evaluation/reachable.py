@@ -35,19 +35,8 @@ class Bookkeeping:
     __slots__ = ()
 
 
-_LEAVES = (
-    Bookkeeping,
-    type,
-    types.ModuleType,
-    types.FrameType,
-    types.CodeType,
-    str,
-    int,
-    float,
-    complex,
-    torch.dtype,
-    torch.device,
-)
+_PLAIN = (str, int, float, complex, torch.dtype, torch.device)
+_LEAVES = (Bookkeeping, type, types.ModuleType, types.FrameType, types.CodeType, nn.Module, nn.Parameter, *_PLAIN)
 
 
 def _strided_parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -84,7 +73,7 @@ def reachable_blocks(root: Any) -> Iterator[Block]:
     keep: list[Any] = []  # an object made on the way must live until the end, or its id goes to another
     while pending:
         item = pending.pop()
-        if item is None or isinstance(item, (*_LEAVES, nn.Module, nn.Parameter)) or id(item) in seen:
+        if item is None or isinstance(item, _LEAVES) or id(item) in seen:
             continue
         seen.add(id(item))
         keep.append(item)

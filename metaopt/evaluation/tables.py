@@ -21,7 +21,7 @@ def closing_table(
         title: line above the table.
         columns: headings.
         rows: one cell per column; floats get two decimals, None a dash. A column without strings is right-aligned.
-        file: where to print; standard output when None.
+        file: where to print; None: standard output.
     """
     from rich.box import ASCII, SIMPLE_HEAD
     from rich.console import Console
@@ -70,10 +70,8 @@ class ProgressBar:
     ) -> None:
         self.total, self.description, self.completed = total, description, completed
         self.loss: float | None = None
-        self._quiet = quiet
-        self._file = file or sys.stderr
+        self._quiet, self._file, self._started_with = quiet, file or sys.stderr, completed
         self._seconds_between_lines = seconds_between_lines
-        self._started_with = completed
         self._start = time.monotonic()
         self._last_line: float | None = None
         self._bar: Progress | None = None

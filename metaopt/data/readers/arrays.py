@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,8 +34,8 @@ class Arrays(Reader):
         labels: file of (N,) integers; without it nothing can be scored.
     """
 
-    name: ClassVar[str] = "arrays"
-    required: ClassVar[tuple[str, str] | None] = ("images", "reads .npy files")
+    name = "arrays"
+    required = ("images", "reads .npy files")
 
     images: str | None = None
     labels: str | None = None

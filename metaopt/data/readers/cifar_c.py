@@ -8,7 +8,6 @@ import difflib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 from metaopt.data.images import ImageSet
 from metaopt.data.readers.arrays import images_tensor, labels_tensor, open_array
@@ -36,8 +35,8 @@ class CifarC(Reader):
         root: the folder.
     """
 
-    name: ClassVar[str] = "cifar_c"
-    required: ClassVar[tuple[str, str] | None] = ("root", "reads a folder")
+    name = "cifar_c"
+    required = ("root", "reads a folder")
 
     root: str | None = None
 

@@ -7,7 +7,6 @@ on its own random paper: only then does a shift of colour, contrast or brightnes
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -92,9 +91,9 @@ class Digits(Reader):
         part: "stream", 669 held-out digits, or "source", the labelled images that source models are trained on.
     """
 
-    name: ClassVar[str] = "digits"
-    has_clean_images: ClassVar[bool] = True
-    keeps_class_mirrored: ClassVar[bool] = False
+    name = "digits"
+    has_clean_images = True
+    keeps_class_mirrored = False
 
     part: str = "stream"
 
