@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from metaopt.activation_memory.byte_counter import OUTSIDE, Owner
 from metaopt.activation_memory.precision import Precision
 from metaopt.activation_memory.saved_activations import LayerRecord, SavedActivations
-from metaopt.measure import MemoryMeter
-from metaopt.measure.memory import MIB
+from metaopt.evaluation import MemoryMeter
+from metaopt.evaluation.meter import MIB
 from metaopt.types import Parameters
 
 CHEAPEST = Precision(1)

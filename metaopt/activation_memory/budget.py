@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from metaopt.activation_memory.layer_table import Layer, LayerTable
 from metaopt.activation_memory.precision import Precision
 from metaopt.errors import BudgetError
-from metaopt.measure.memory import MIB
+from metaopt.evaluation.meter import MIB
 
 SMALLEST_KEEP = 1 / 256  # of a published ratio: below it the mask alone decides what a layer costs
 HALVINGS = 20  # of the search for a common factor, in each step: to a part in a million

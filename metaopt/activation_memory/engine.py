@@ -23,7 +23,7 @@ from metaopt.activation_memory.profile import Pass, Profiles
 from metaopt.activation_memory.saved_activations import LayerRecord, SavedActivations
 from metaopt.data.seeding import generator_for
 from metaopt.errors import ConfigError
-from metaopt.measure.memory import MIB
+from metaopt.evaluation.meter import MIB
 from metaopt.types import Parameters
 
 MEMORIES = ("dense", "exact", "compact", "pruned")

@@ -15,8 +15,8 @@ from metaopt.activation_memory import (
 )
 from metaopt.activation_memory.importance import learning_layers
 from metaopt.activation_memory.learned_precision import bytes_over_budget
+from metaopt.evaluation.meter import MIB
 from metaopt.inner_loop import RateTask
-from metaopt.measure.memory import MIB
 from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy
 from metaopt.types import Parameters

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy
 from matplotlib.figure import Figure
 
+from metaopt.activation_memory import Precision
+from metaopt.activation_memory.importance import learning_layers
 from metaopt.evaluation import Monitor
 from metaopt.experts import ExpertUsage
 from metaopt.experts.adapter import get_experts
 from metaopt.online.adapter import OnlineAdapter
-from metaopt.sparsity import Rate
-from metaopt.sparsity.importance import learning_layers
 
 
 class Decisions:
@@ -35,8 +35,8 @@ class Decisions:
         if adapter.memory.config.chooses:
             updated, self._seen = adapter.memory.layers is not self._seen, adapter.memory.layers
             for record in adapter.memory.layers:
-                monitor.scalar(f"policy/keep_ratio/{record.name}", record.rate.keep, step)
-                monitor.scalar(f"policy/bits/{record.name}", record.rate.bits, step)
+                monitor.scalar(f"policy/keep_ratio/{record.name}", record.precision.keep, step)
+                monitor.scalar(f"policy/bits/{record.name}", record.precision.bits, step)
             if updated:
                 self._count(domain)
         if self.usage is not None:
@@ -47,7 +47,7 @@ class Decisions:
         learning = learning_layers(self.adapter.parameters)
         for record in self.adapter.memory.layers:
             if record.name in learning and record.numel:
-                self._totals[domain][record.name] += stored_bits(record.rate)
+                self._totals[domain][record.name] += stored_bits(record.precision)
                 self._counts[domain][record.name] += 1
 
     @property
@@ -67,7 +67,7 @@ class Decisions:
             self.monitor.figure("policy/expert_usage_by_domain", figure, step)
 
 
-def stored_bits(rate: Rate) -> float:
+def stored_bits(rate: Precision) -> float:
     """Bits stored of an entry on average, the mask of a pruned layer included."""
     return float(rate.bits) if rate.keep == 1.0 else rate.bits * rate.keep + 1.0
 

@@ -12,13 +12,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from metaopt.activation_memory import ActivationMemory, Allocation, MemoryConfig, Precision, SavedActivations
 from metaopt.evaluation import MemoryMeter
 from metaopt.evaluation.timing import synchronize
 from metaopt.inner_loop import gradients_of
 from metaopt.models import SourceModel
 from metaopt.parameters import detached, flatten
 from metaopt.policy import AdaptationPolicy
-from metaopt.sparsity import ActivationMemory, MemoryConfig, PruningRule, Rate, SavedActivations
 from metaopt.types import Parameters
 
 
@@ -94,9 +94,9 @@ class _Step:
 
     def __init__(self, model: SourceModel, policy: AdaptationPolicy, leaves: Parameters, case: Case) -> None:
         self.model, self.policy, self.leaves, self.case = model, policy, leaves, case
-        rule: PruningRule | None = policy.pruning
+        rule: Allocation | None = policy.pruning
         self.memory = ActivationMemory(MemoryConfig(case.memory, case.budget_mib), rule)
-        self.state = None if self.memory.rule is None else self.memory.rule.init(leaves)
+        self.state = None if self.memory.allocation is None else self.memory.allocation.init(leaves)
 
     def __call__(self, images: Tensor) -> Parameters:
         with self._kept(images):
@@ -111,7 +111,7 @@ class _Step:
     @contextmanager
     def _kept(self, images: Tensor) -> Iterator[None]:
         if self.case.bits is not None:
-            with SavedActivations(self.model, memory=self.case.memory, default=Rate(bits=self.case.bits)):
+            with SavedActivations(self.model, memory=self.case.memory, default=Precision(bits=self.case.bits)):
                 yield
             return
         with self.memory.step(self.model, self._loss, self.leaves, self.state, images) as kept:

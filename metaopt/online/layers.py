@@ -5,8 +5,8 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from metaopt.activation_memory import LayerRecord, Precision
 from metaopt.evaluation.meter import MIB
-from metaopt.sparsity import LayerRecord, Rate
 
 COLUMNS = ("layer", "kind", "dense MiB", "held MiB", "keep ratio", "codec")
 
@@ -38,7 +38,7 @@ def layer_memory(records: Sequence[LayerRecord], dense: Mapping[str, float]) -> 
     if not records:
         return [LayerMemory(layer, "", held, held, 1.0, "float32") for layer, held in dense.items()]
     return [
-        LayerMemory(r.name, r.kind, r.dense_bytes / MIB, r.held_bytes / MIB, r.rate.keep, codec_name(r.rate))
+        LayerMemory(r.name, r.kind, r.dense_bytes / MIB, r.held_bytes / MIB, r.precision.keep, codec_name(r.precision))
         for r in records
         if r.dense_bytes or r.held_bytes
     ]
@@ -55,9 +55,9 @@ def memory_rows(rows: Sequence[LayerMemory]) -> list[tuple[str, str, float, floa
     return [*shown, ("all", "", dense, held, keep, "")]
 
 
-def codec_name(rate: Rate) -> str:
+def codec_name(precision: Precision) -> str:
     """What the entries of a rate are stored as."""
-    return {32: "as is", 16: "half"}.get(rate.bits, f"{rate.bits} bit")
+    return {32: "as is", 16: "half"}.get(precision.bits, f"{precision.bits} bit")
 
 
 def to_csv(rows: Sequence[LayerMemory]) -> str:

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory, AllocationState, MemoryConfig, Profiles, build_allocation
 from metaopt.errors import BudgetError
-from metaopt.measure import MemoryMeter
+from metaopt.evaluation import MemoryMeter
 from metaopt.types import Parameters
 
 from .networks import NETWORKS, build

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from metaopt.activation_memory import Precision, SavedActivations
 from metaopt.errors import ConfigError
-from metaopt.measure import MemoryMeter
+from metaopt.evaluation import MemoryMeter
 
 from .cases import SharedWeights, Wrap, gradients, only_norms_learn
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from metaopt.activation_memory import SavedActivations
 from metaopt.errors import ModelError
 from metaopt.models import SourceModel, SourcePrior, prior_layers
 from metaopt.models.source_prior import moments_about
-from metaopt.sparsity import SavedActivations
 
 from ..inner_loop.cases import images, tiny_resnet, tiny_vit
 
