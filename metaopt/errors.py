@@ -1,8 +1,11 @@
-"""One family of errors.
+"""One family of errors, and the checks that raise the commonest of them.
 
 Every message is one line and says three things: the value that was met, what is allowed, and the fix. The commands in
 ``pretrain/`` and ``adapt/`` print it without a traceback and exit with code 2.
 """
+
+import math
+from collections.abc import Iterable
 
 
 class MetaoptError(Exception):
@@ -31,3 +34,35 @@ class DataError(MetaoptError):
 
 class OutputError(MetaoptError):
     """A result cannot be written where it was asked for."""
+
+
+def check_positive(key: str, value: float, example: str = "0.001") -> None:
+    """Refuse a number that is not positive and finite.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{key} is {value}; it must be positive and finite: set for example {example}")
+
+
+def check_range(key: str, value: float, low: float, high: float = math.inf, *, example: str) -> None:
+    """Refuse a number outside of [low, high].
+
+    Raises:
+        ConfigError: it is not in there.
+    """
+    if not (math.isfinite(value) and low <= value <= high):
+        allowed = f"[{low:g}, {high:g}]" if math.isfinite(high) else f"finite values of at least {low:g}"
+        raise ConfigError(f"{key} is {value}; allowed is {allowed}: set for example {example}")
+
+
+def check_one_of(key: str, value: object, allowed: Iterable[object]) -> None:
+    """Refuse a value that is not among the allowed ones.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    allowed = [*allowed]
+    if value not in allowed:
+        raise ConfigError(f"{key} is {value!r}; allowed are {', '.join(map(str, allowed))}: choose one")

@@ -3,7 +3,7 @@
 Shapes are written with B images in a batch, C classes, H x W pixels, D_l features in block l, N adapted scalars.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ Parameters = dict[str, Tensor]
 
 
 class ForwardOutput(NamedTuple):
-    """What one forward pass of the source model gives."""
+    """What one forward pass of the source model gives, and what an objective may read beside it."""
 
     logits: Tensor  # (B, C)
     features: tuple[Tensor, ...] = ()  # one (B, D_l) per block; empty where nobody asked for them
@@ -43,31 +43,18 @@ class StepOutput:
     logits: Tensor  # (B, C)
     loss: Tensor | None = None  # scalar; None for a method without an objective
     terms: Mapping[str, Tensor] = field(default_factory=dict)  # unweighted scalar value of each part of the objective
-    distance: Tensor | None = None  # of the batch from those before it; None for a method that does not watch it
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # scalar weight of each of them
+    signals: Mapping[str, Tensor] = field(default_factory=dict)  # scalars told of the batch: shift_distance
+    events: tuple[str, ...] = ()  # what parts did out of the ordinary, such as "restored"
     updated: bool = True  # False where the update gate stayed closed
-
-
-class Objective(Protocol):
-    """A label-free loss: a weighted sum of named terms."""
-
-    needs_features: bool
-    needs_view: bool
-    needs_teacher: bool
-
-    def terms(self, output: ForwardOutput, statistics: SourceStatistics | None) -> dict[str, Tensor]:
-        """Scalar value of each term on this batch, unweighted."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """Scalar weight of each term, in the order of ``terms``."""
-        ...
 
 
 class UpdateRule(Protocol):
     """A pure ``init``/``update`` pair over all adapted scalars at once.
 
     ``update`` returns what is to be *subtracted* from the parameters. It mutates nothing and is differentiable in the
-    gradients, in the state and in the rule's own learned tensors.
+    gradients, in the state and in the rule's own learned tensors. A rule of two passes (SAM) also has
+    ``ascend(gradients) -> Parameters``: what is added to the parameters for the second, whose gradient ``update`` gets.
     """
 
     def init(self, parameters: Parameters) -> Any:
@@ -79,9 +66,13 @@ class UpdateRule(Protocol):
         ...
 
 
+LossOf = Callable[[Parameters], Tensor]
+"""The batch's loss at some parameters, a scalar with its graph."""
+
+
 class ApplyUpdate(Protocol):
     """Turns a loss into new parameters: what tells the inner-loop backends and the in-place deployment apart."""
 
-    def __call__(self, loss: Tensor, parameters: Parameters, state: Any) -> tuple[Parameters, Any]:
-        """New parameters and new state after one update on ``loss``."""
+    def __call__(self, loss_of: LossOf, parameters: Parameters, state: Any) -> tuple[Parameters, Any]:
+        """New parameters and new state after one update on ``loss_of``; the very ``state`` where it was refused."""
         ...

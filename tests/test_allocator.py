@@ -18,7 +18,7 @@ def faults():
 def work():  # three blocks of 4, 8 and 48 MiB, alive together
     return [torch.ones(mib, 1 << 18) for mib in (4, 8, 48)]
 
-for _ in range(4):  # the heap takes a few rounds to find its shape
+for _ in range(12):  # the heap takes a few rounds to find its shape
     work()
 before = faults()
 for _ in range(5):

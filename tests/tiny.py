@@ -1,22 +1,24 @@
 """Tiny networks, images and settings that the tests of the policy, of meta-training and of deployment share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from metaopt import registry
 from metaopt.data import ImageSet, load_digits, to_float
-from metaopt.generator import GeneratorConfig
-from metaopt.inner_loop import UnrollConfig
-from metaopt.meta import MetaTrainConfig, TaskConfig
+from metaopt.meta import MetaTrainConfig
 from metaopt.models import SourceModel
-from metaopt.objectives import source_statistics
+from metaopt.objectives.discrepancy import Discrepancy
 from metaopt.online import OnlineAdapter
-from metaopt.parameters import adapted_layout
+from metaopt.optimizers.mgg import GeneratorConfig
 from metaopt.policy import AdaptationPolicy, SourceRecord, new_policy
+from metaopt.policy.part import Part
+from metaopt.types import SourceStatistics
 
 SIDE = 16  # pixels
 CLASSES = 10
@@ -113,26 +115,34 @@ def trained_model() -> SourceModel:
 def tiny_config(**changes: object) -> MetaTrainConfig:
     """Meta-training of a few seconds at most."""
     values: dict[str, object] = {
-        "tasks": TaskConfig(batch_size=16, flip=False),
-        "unroll": UnrollConfig(),
+        "batch_size": 16,
+        "flip": False,
         "steps": 3,
         "epochs": 2,
         "unrolls": 2,
         "selection_tasks": 1,
-        "stride": 1.0,
+        "deploy_step_scale": 1.0,
     }
     return MetaTrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
+BARE: Mapping[str, Any] = {"batch_statistics": True}
+"""Parts of a policy that learns its generator and its objective alone."""
+
+
 def tiny_policy(
-    model: SourceModel, variant: str = "residual", objective: dict[str, float] | None = None, seed: int = 0
+    model: SourceModel,
+    variant: str = "residual",
+    objective: dict[str, float] | None = None,
+    seed: int = 0,
+    parts: Mapping[str, Any] = BARE,
 ) -> AdaptationPolicy:
     """A policy for the model, as if meta-trained: no learned tensor is at its start."""
     policy = new_policy(
+        model,
         GeneratorConfig(variant=variant),
         objective or {"slr": 1.0, "diversity": 0.5, "discrepancy": 0.1},
-        adapted_layout(model).names,
-        learned_objective=True,
+        parts,
         seed=seed,
     )
     reference = next(model.parameters())
@@ -141,8 +151,24 @@ def tiny_policy(
     with torch.no_grad():
         for tensor in policy.parameters():
             tensor += 0.1 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-    if policy.objective is not None and policy.objective.needs_features:
-        policy.statistics = source_statistics(model, random_images(32, seed=99, dtype=reference.dtype))
-    policy.source = SourceRecord.of(model)
+    policy.prepare(model, lambda: random_images(32, seed=99, dtype=reference.dtype))
+    policy.source = SourceRecord.of(model, policy.layout(policy.attach(model)))
     policy.training = {"epochs": 3, "selection": [0.5, 0.25]}
     return policy
+
+
+def with_parts(policy: AdaptationPolicy, *parts: Part) -> AdaptationPolicy:
+    """The same policy with these parts too, or in place of its own of their names, in the registry's order."""
+    named = {part.name: part for part in (*policy.listed, *parts)}
+    ordered = [named[name] for name in registry.PARTS if name in named]
+    found = AdaptationPolicy(policy.method, policy.objective, policy.rule, ordered, policy.adapts, policy.seed)
+    found.source, found.training = policy.source, policy.training
+    return found
+
+
+def statistics_of(policy: AdaptationPolicy) -> SourceStatistics | None:
+    """What the objective compares features with."""
+    assert policy.objective is not None
+    term = policy.objective.named_terms["discrepancy"]
+    assert isinstance(term, Discrepancy)
+    return term.statistics

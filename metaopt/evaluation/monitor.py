@@ -92,6 +92,8 @@ class Monitor:
         if self.folder is not None:
             _wait_for_later_file_name(self.folder)
             with _quiet_import():
+                # What draws, too: an interrupt while a library in C loads can end the process without being told of.
+                import matplotlib.backends.backend_agg  # noqa: F401
                 from torch.utils import tensorboard
 
                 self._writer = tensorboard.SummaryWriter(str(self.folder), purge_step=resume_step, flush_secs=10)

@@ -7,7 +7,6 @@ the network. So the network's ``state_dict`` and ``weights_sha256`` do not know 
 that refers to the container, no closure: deep copies and pickles of the source model carry their own.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -144,8 +143,7 @@ def with_experts(model: SourceModel, config: ExpertsConfig, *, seed: int = 0) ->
     Raises:
         ModelError: as of `attach_experts`.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    beside = copy.deepcopy(model, shared)
+    beside = model.skeleton()
     attach_experts(beside, config, seed=seed)
     return beside
 

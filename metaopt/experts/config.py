@@ -1,10 +1,8 @@
 """Settings of the experts, with every choice in which MoASE's paper and its released code differ."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, get_origin, get_type_hints
+from dataclasses import dataclass
 
-from metaopt.errors import ConfigError
+from metaopt.errors import ConfigError, check_one_of
 
 EXPERT_COUNTS = (2, 4, 8, 16)
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -79,9 +77,9 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
-        _check_one_of("experts", self.experts, EXPERT_COUNTS)
+        check_one_of("experts.experts", self.experts, EXPERT_COUNTS)
         for name, allowed in CHOICES.items():
-            _check_one_of(name, getattr(self, name), allowed)
+            check_one_of(f"experts.{name}", getattr(self, name), allowed)
         for name, value, most in (("top_k", self.top_k, self.experts), ("bottleneck", self.bottleneck, None)):
             if value is not None and (value != int(value) or value < 1 or (most is not None and value > most)):
                 limit = "of at least 1" if most is None else f"from 1 to experts={most}"
@@ -127,40 +125,3 @@ class ExpertsConfig:
             bases = self.bases or tuple(i / (2 * count) for i in range(1, count + 1))
             shares += [bases[i % len(bases)] for i in range(count)]
         return tuple(shares)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Primitives for a checkpoint."""
-        return {**asdict(self), "bases": list(self.bases)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ExpertsConfig":
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ConfigError: an unknown key, or a value of another type or out of range.
-        """
-        return cls(**checked_fields(cls, "experts", {**values, "bases": tuple(values.get("bases", ()))}))
-
-
-def checked_fields(kind: type, group: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values for a dataclass's fields, as they are, but none of them unknown or of another type.
-
-    Raises:
-        ConfigError: one is.
-    """
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        if name not in hints:
-            raise ConfigError(f"{group}.{name} is unknown; allowed are {', '.join(sorted(hints))}: remove it")
-        hint = get_origin(hints[name]) or hints[name]
-        allowed = {float: float | int, tuple: tuple}.get(hint, hints[name])
-        if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
-            shown = getattr(hints[name], "__name__", hints[name])
-            raise ConfigError(f"{group}.{name} is {value!r}; allowed are values of type {shown}: set one of those")
-    return values
-
-
-def _check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        listed = ", ".join(str(one) for one in allowed)
-        raise ConfigError(f"experts.{name} is {value!r}; allowed are {listed}: choose one")

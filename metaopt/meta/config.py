@@ -4,44 +4,29 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from metaopt.errors import ConfigError
-from metaopt.experts import LearnedExpertsConfig, TeacherConfig
-from metaopt.generator import GeneratorConfig
-from metaopt.inner_loop.backends import BACKENDS
-from metaopt.inner_loop.unroll import UnrollConfig
+from metaopt.errors import ConfigError, check_one_of, check_positive, check_range
 from metaopt.meta.loss import META_LOSSES
 from metaopt.meta.tasks import TaskConfig
-from metaopt.policy import RestorationConfig
-from metaopt.policy.balance import ClassBalance
-from metaopt.policy.prior import DEFAULT_COUNT, LearnedPrior
+from metaopt.meta.unroll import UnrollConfig
+from metaopt.optimizers.backends import BACKENDS
+from metaopt.optimizers.mgg import GeneratorConfig
+from metaopt.policy.method import DEFAULT_PARTS, MethodConfig
 
 SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
-class MetaTrainConfig:
-    """What is learned, on which tasks, and for how long. Times are counted in epochs of ``unrolls`` meta-updates."""
+class MetaTrainConfig(TaskConfig, UnrollConfig):
+    """What is learned, on which tasks, and for how long. Times are counted in epochs of ``unrolls`` meta-updates.
+
+    How tasks are drawn and how the meta-gradient is taken are settings of it too (`TaskConfig`, `UnrollConfig`).
+    """
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     # Weight of each objective term at the start; learned with ``clean_teacher``.
     objective: dict[str, float] = field(default_factory=lambda: {"slr": 1.0, "diversity": 1.0})
-    tasks: TaskConfig = field(default_factory=TaskConfig)
-    unroll: UnrollConfig = field(default_factory=UnrollConfig)
-    experts: LearnedExpertsConfig | None = None  # experts that adapt beside the norm layers; None: none
-    teacher: TeacherConfig | None = None  # of the policy; its proximal loss holds the experts
-    # How the source comes back where the stream shifts, at the start; learned. None: it never does.
-    restoration: RestorationConfig | None = field(default_factory=RestorationConfig)
-    carry: float = 0.5  # probability that a task begins where the one before it ended
-    update_rate: float | None = None  # share of batches that the learned update gate may open at; None: no gate
-    # Images for which the source's statistics count in each BatchNorm layer, at the start; learned. None: for none.
-    prior: float | None = DEFAULT_COUNT
-    initialization: bool = True  # whether the norm layers' first values are learned too
-    initialization_lr: float = 3e-3  # peak of its own rate in the meta-optimizer
-    initialization_decay: float = 0.03  # weight of the sum of squares of what it changes
-    experts_decay: float = 0.01  # weight of the sum of squares of what experts hand on at the start
-    experts_lr: float = 1e-3  # peak of the meta-optimizer's rate on gates and first values of experts
-    balance: float | None = 1.0  # strength of the predictions' correction by what a batch holds as a whole; None: none
-    rates: bool = False  # whether rates of what is kept of each layer are learned too, for any budget
+    parts: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_PARTS))  # as metaopt.policy.MethodConfig.parts
+    continued: float = 0.5  # probability that a task begins where the one before it ended, of a policy with restoration
     loss: str = "clean_teacher"
     tempered: bool = True  # whether the clean teacher is compared at the best temperature
     backend: str = "func"
@@ -56,68 +41,80 @@ class MetaTrainConfig:
     clip_norm: float = 1.0  # largest norm of the meta-gradient
     # Factor of the learned step sizes in the policy that is handed back: on images that it was trained on, shorter
     # steps look better than they are on others.
-    stride: float = 1.5
+    deploy_step_scale: float = 1.5
     shrinkage: float = 0.02  # weight of the mean square of the log step sizes
-    frozen: tuple[str, ...] = ()  # parts of the policy that stay as they start (metaopt.inner_loop.PARTS)
-    only: tuple[str, ...] | None = None  # parts that learn, all others stay as they start; None: all but the frozen
+    frozen: tuple[str, ...] = ()  # what stays as it starts: generator, objective, a part, or "gates" of the experts
+    only: tuple[str, ...] | None = None  # what learns on top of a trained policy; None: all but the frozen
+    shifts: tuple[str, ...] | None = None  # registered names; None: those of the families meta and wide
     selection_shifts: tuple[str, ...] = ("gamma", "posterise")
     selection_tasks: int = 4
     select_best: bool = True  # keep what does best on the selection tasks; else the last epoch
+    report_tasks: int = 16  # unseen tasks of the closing table; 0: no table
+    report_adam_lr: float = 0.01  # of the Adam that the table compares with
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
-        choices = (("loss", META_LOSSES), ("backend", BACKENDS), ("schedule", SCHEDULES))
-        for key, names in choices:
-            value = getattr(self, key)
-            if value not in names:
-                raise ConfigError(f"meta.{key} is {value!r}; allowed are {', '.join(names)}: choose one")
-        counts = ("steps", "first_steps", "epochs", "unrolls", "selection_tasks", "update_every")
-        for key in counts:
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"meta.{key} is {value}; it must be at least 1: set meta.{key}=1 or more")
-        if self.rates and self.unroll.gradient != "first_order":
-            raise ConfigError(
-                f"meta.rates=true does not go with meta.gradient={self.unroll.gradient}; allowed is first_order: set "
-                "meta.gradient=first_order"
-            )
-        if self.update_rate is not None and not 0 < self.update_rate < 1:
-            raise ConfigError(
-                f"meta.update_rate is {self.update_rate}; allowed are 0 < share < 1, or null for an update on every "
-                "batch: set for example 0.5"
-            )
-        if self.update_rate is not None and self.unroll.gradient != "first_order":
-            raise ConfigError(
-                f"meta.update_rate does not go with meta.gradient={self.unroll.gradient}; allowed is first_order: set "
-                "meta.gradient=first_order"
-            )
-        if self.prior is not None:
-            LearnedPrior((), self.prior)  # checks its own range
-        if self.balance is not None:
-            ClassBalance(self.balance)  # checks its own range
-        if not 0 <= self.carry <= 1:
-            raise ConfigError(f"meta.carry is {self.carry}; a probability lies in [0, 1]: set for example 0.5")
-        if self.objective.get("teacher", 0) > 0 and self.teacher is None:
-            raise ConfigError(
-                "objective.teacher is set and there is no teacher; allowed without one are all other terms: set "
-                "recipe=experts, which has one, or objective.teacher=0"
-            )
+        TaskConfig.__post_init__(self)
+        UnrollConfig.__post_init__(self)
+        for key, names in (("loss", META_LOSSES), ("backend", BACKENDS), ("schedule", SCHEDULES)):
+            check_one_of(f"meta.{key}", getattr(self, key), names)
+        for key in ("steps", "first_steps", "epochs", "unrolls", "selection_tasks", "update_every"):
+            if getattr(self, key) is not None:
+                check_range(f"meta.{key}", getattr(self, key), 1, example="1")
+        for key in ("lr", "clip_norm", "deploy_step_scale", "report_adam_lr"):
+            check_positive(f"meta.{key}", getattr(self, key), "0.01")
+        check_range("meta.shrinkage", self.shrinkage, 0, example="0.02")
+        check_range("meta.continued", self.continued, 0, 1, example="0.5")
+        check_range("meta.curriculum", self.curriculum, 0, 1, example="0.5")
+        check_range("seed", self.seed, 0, example="0")
+        if self.report_tasks != 0:
+            check_range("meta.report_tasks", self.report_tasks, 2, example="16")
         if not self.selection_shifts:
             raise ConfigError(
                 "meta.selection_shifts is empty; at least one shift is needed to choose the best epoch on: set "
                 "meta.selection_shifts=[gamma,posterise]"
             )
-        for key in ("lr", "initialization_lr", "experts_lr", "clip_norm", "stride"):
-            value = getattr(self, key)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"meta.{key} is {value}; it must be positive and finite: set for example 0.01")
-        for key in ("shrinkage", "initialization_decay", "experts_decay"):
-            value = getattr(self, key)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"meta.{key} is {value}; it must be finite and 0 or more: set for example 0.02")
-        if not 0 <= self.curriculum <= 1:
-            raise ConfigError(f"meta.curriculum is {self.curriculum}; a share lies in [0, 1]: set for example 0.5")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        parts = MethodConfig("policy", objective=self.objective, parts=self.parts).named_parts()
+        for name, learned in (("update_gate", self.gate_share is not None), ("pruning", self.learns_precision)):
+            if learned and self.gradient != "first_order":
+                raise ConfigError(
+                    f"parts.{name} does not go with meta.gradient={self.gradient}; allowed is first_order: set "
+                    "meta.gradient=first_order"
+                )
+        if self.objective.get("teacher", 0) > 0 and "teacher" not in parts:
+            raise ConfigError(
+                "objective.teacher is set and there is no teacher; allowed without one are all other terms: set "
+                "recipe=experts, which has one, or objective.teacher=0"
+            )
+
+    def _setting(self, part: str, name: str) -> Any:
+        """A setting of a part; None without it."""
+        found = MethodConfig("policy", parts=self.parts).named_parts().get(part)
+        return None if found is None else getattr(found[1], name)
+
+    @property
+    def gate_share(self) -> float | None:
+        """Share of the batches that the learned update gate may open at; None without one."""
+        return self._setting("update_gate", "share")
+
+    @property
+    def learns_precision(self) -> bool:
+        """Whether what is kept of each layer's activations is learned too, for any budget."""
+        return self._setting("pruning", "allocation") == "learned"
+
+    @property
+    def balance(self) -> float | None:
+        """Strength with which predictions are corrected by what a batch holds; None: they are not."""
+        return self._setting("class_balance", "strength")
+
+    @property
+    def continues(self) -> float:
+        """Probability that a task begins where the one before it ended."""
+        return self.continued if self._setting("restoration", "base") is not None else 0.0
 
     @property
     def total_unrolls(self) -> int:
@@ -130,7 +127,7 @@ class MetaTrainConfig:
         ramp = max(1, round(self.curriculum * self.epochs))
         return first + round((self.steps - first) * min(1.0, epoch / ramp))
 
-    def scores(self, epoch: int) -> bool:
+    def is_scored(self, epoch: int) -> bool:
         """Whether model selection looks at the weights after ``epoch`` epochs: those of the start and of full length.
 
         What was trained on shorter unrolls has not met what it is for, and an update gate has not met its price.
@@ -146,11 +143,4 @@ class MetaTrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives, to compare and to store."""
-        values = asdict(self)
-        values["generator"] = self.generator.to_dict()
-        values["tasks"]["strength"] = list(self.tasks.strength)
-        values["selection_shifts"] = list(self.selection_shifts)
-        values["frozen"] = list(self.frozen)
-        values["only"] = None if self.only is None else list(self.only)
-        values["experts"] = None if self.experts is None else self.experts.to_dict()
-        return values
+        return asdict(self)

@@ -9,20 +9,16 @@ batches of a few images hold the same ones again and lie nearer to each other th
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metaopt.meta.tasks import Task
 from metaopt.policy import AdaptationPolicy
-from metaopt.policy.gate import GateState, LearnedGate, stepped
-from metaopt.policy.response import respond, sense
+from metaopt.policy.parts.update_gate import GateState, UpdateGate
+from metaopt.policy.step import StepContext, meet, predict
 from metaopt.types import Parameters
-
-if TYPE_CHECKING:
-    from metaopt.meta.trainer import MetaTrainer
 
 FARTHEST = 50.0  # that a bias is moved
 HALVINGS = 16  # down to 0.002, far above what rounding does to a decision
@@ -53,14 +49,14 @@ def gate_signals(
         adapted = policy.start(parameters)
         state = policy.init(adapted)
         for position in range(len(task)):
-            images = task[position].images
-            sensed = sense(policy, model, adapted, state, images)
-            assert sensed is not None
-            adapted, state = respond(policy, model, adapted, state, sensed)
-            assert state.gate is not None
-            found.append(Signals(sensed.distance, state.gate.age, state.gate.entropy))
-            logits = policy.predict(model, adapted, images, teacher=state.teacher).logits
-            state = replace(state, gate=stepped(state.gate, logits, updated=False))
+            context = StepContext(policy, model, adapted, state, task[position].images)
+            meet(context)
+            remembered = context.state["update_gate"]
+            found.append(Signals(context.signals["shift_distance"], remembered.age, remembered.entropy))
+            output = predict(context)
+            for part in context.acting("judge"):
+                part.judge(context, output)
+            adapted, state = context.parameters, context.state
     return found
 
 
@@ -70,19 +66,19 @@ def as_in_a_stream(signals: Sequence[Signals]) -> list[Signals]:
 
 
 @torch.no_grad()
-def share_opened(gate: LearnedGate, signals: Sequence[Signals], shift: float = 0.0) -> float:
+def share_opened(gate: UpdateGate, signals: Sequence[Signals], shift: float = 0.0) -> float:
     """Share of the batches at which the gate opens, its bias moved by ``shift``."""
     opened, rest = 0, torch.zeros(())
     for distance, age, entropy in signals:
         rest = torch.zeros_like(age) if age == 0 else rest
-        opens = gate(GateState(age, rest, entropy), distance).item() + shift > 0
+        opens = gate.z(GateState(age, rest, entropy), distance).item() + shift > 0
         rest = torch.zeros_like(rest) if opens else rest + 1
         opened += opens
     return opened / len(signals)
 
 
 @torch.no_grad()
-def set_share(gate: LearnedGate, signals: Sequence[Signals], share: float) -> None:
+def set_share(gate: UpdateGate, signals: Sequence[Signals], share: float) -> None:
     """Move the gate's bias so that it opens at the largest share of the batches that is no more than ``share``.
 
     To the middle of the values that do so: other batches differ a little to either side.
@@ -103,15 +99,16 @@ def _largest(holds: Callable[[float], bool]) -> float:
 
 
 @contextmanager
-def asked_share(trainer: "MetaTrainer") -> Iterator[None]:
+def asked_share(
+    policy: AdaptationPolicy, model: nn.Module, parameters: Parameters, tasks: Sequence[Task], share: float | None
+) -> Iterator[None]:
     """Within it a gate that is being learned has the bias at which it opens as rarely as asked; then its own again."""
-    gate, share = trainer.policy.gate, trainer.config.update_rate
-    if not isinstance(gate, LearnedGate) or share is None or not gate.bias.requires_grad:
+    gate = policy.part("update_gate")
+    if gate is None or not gate.learned or share is None or not gate.bias.requires_grad:
         yield
         return
     before = gate.bias.detach().clone()
-    signals = gate_signals(trainer.policy, trainer.model, trainer.parameters, trainer.selection)
-    set_share(gate, as_in_a_stream(signals), share)
+    set_share(gate, as_in_a_stream(gate_signals(policy, model, parameters, tasks)), share)
     try:
         yield
     finally:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metaopt.errors import ConfigError
-from metaopt.inner_loop.unroll import MetaBatch, MetaLoss
-from metaopt.policy.balance import class_shares
+from metaopt.errors import check_one_of
+from metaopt.meta.unroll import MetaBatch, MetaLoss
+from metaopt.policy.parts.class_balance import class_shares
 from metaopt.types import StepOutput
 
 TEMPERATURES = tuple(10 ** (exponent / 20) for exponent in range(-20, 21))  # 0.1 to 10
@@ -80,6 +80,5 @@ def build_meta_loss(name: str, tempered: bool = False, balance: float | None = N
     Raises:
         ConfigError: there is none.
     """
-    if name not in META_LOSSES:
-        raise ConfigError(f"meta.loss is {name!r}; allowed are {', '.join(META_LOSSES)}: choose one")
+    check_one_of("meta.loss", name, META_LOSSES)
     return CleanTeacher(tempered, balance) if name == "clean_teacher" else Unsupervised()

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.generator import GradientGenerator
-from metaopt.inner_loop import learned_tensors, part_of
 from metaopt.meta.config import MetaTrainConfig
+from metaopt.meta.unroll import learned_groups, learned_tensors
+from metaopt.optimizers.mgg import GradientGenerator
 from metaopt.policy import AdaptationPolicy
 
 
 class MetaOptimizer:
-    """Adam, in which the learned initialization has a rate and a gradient clip of its own.
+    """Adam, in which parts of many numbers have a rate and a gradient clip of their own.
 
-    Its tensors are the network's own, thousands of them and of another scale than the policy's few numbers, whose
-    gradients would drown in a common norm.
+    Their tensors are of another scale than the policy's few numbers, whose gradients would drown in a common norm.
 
     Args:
         policy: its learned tensors are changed in place.
@@ -27,12 +26,16 @@ class MetaOptimizer:
     def __init__(self, policy: AdaptationPolicy, config: MetaTrainConfig) -> None:
         self.policy, self.config = policy, config
         tensors = learned_tensors(policy)
-        rates = {"initialization": config.initialization_lr, "experts": config.experts_lr, "gates": config.experts_lr}
+        rates = {
+            group: rate
+            for part in policy.listed
+            if (rate := part.meta_rate()) is not None
+            for group in part.learned_groups()
+        }
         groups: dict[str, list[str]] = {}
-        for name in tensors:
-            part = part_of(name)
-            groups.setdefault(part if part in rates else "", []).append(name)
-        self.groups = [(names, rates.get(part, config.lr)) for part, names in groups.items()]
+        for group, names in learned_groups(policy).items():
+            groups.setdefault(group if group in rates else "", []).extend(names)
+        self.groups = [(names, rates.get(group, config.lr)) for group, names in groups.items()]
         self.adam = torch.optim.Adam([{"params": [tensors[n] for n in names], "lr": r} for names, r in self.groups])
 
     def step(self, loss: Tensor, gradients: Mapping[str, Tensor], share: float) -> tuple[Tensor, bool]:
@@ -64,13 +67,12 @@ class MetaOptimizer:
         return norm, taken
 
     def _penalty(self) -> Tensor:
-        """Of step sizes far from 1, and of an initialization and experts that change much of the source."""
+        """Of step sizes far from 1, and of what each part adds."""
         assert isinstance(self.policy.rule, GradientGenerator)
         penalty = self.config.shrinkage * self.policy.rule.penalty()
-        if self.policy.initialization is not None:
-            penalty = penalty + self.config.initialization_decay * self.policy.initialization.penalty()
-        if self.policy.learned_experts is not None:
-            penalty = penalty + self.config.experts_decay * self.policy.learned_experts.penalty()
+        for part in self.policy.listed:
+            if (own := part.penalty()) is not None:
+                penalty = penalty + own
         return penalty
 
     def state_dict(self) -> dict[str, Any]:

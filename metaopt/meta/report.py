@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from metaopt.data.shifts import REPORT, shift_names
@@ -14,6 +13,7 @@ from metaopt.meta.selection import held_out_tasks
 from metaopt.meta.tasks import Task
 from metaopt.meta.trainer import MetaTrainer
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.policy.step import evaluate_on
 
 LONGEST = 8  # adaptation steps of a report's tasks, where meta-training unrolled as many
 SEED = 1  # of the report's tasks; those of model selection have another one
@@ -33,6 +33,8 @@ class Drop:
         """Of ``losses - reference``, both (tasks,): negative where the losses are lower."""
         difference = (losses - reference).double()
         count = len(difference)
+        from scipy import stats  # here: half a second to load
+
         quantile = float(stats.t.ppf(0.975, count - 1))
         return cls(float(difference.mean()), quantile * float(difference.std()) / math.sqrt(count))
 
@@ -92,9 +94,9 @@ def report_on_unseen_tasks(
         adam_lr: Adam's learning rate.
     """
     steps = min(LONGEST, trainer.config.steps)
-    unseen = held_out_tasks(trainer, shift_names(REPORT), tasks, steps, seed=SEED)
-    balance = None if after.balance is None else after.balance.strength
-    rival = MethodConfig("adam", update="adam", lr=adam_lr, objective_from_policy=True, balance=balance)
+    unseen = held_out_tasks(trainer.images, trainer.teach, trainer.config, shift_names(REPORT), tasks, steps, SEED)
+    parts = {"batch_statistics": {}, "class_balance": after.part("class_balance") is not None}
+    rival = MethodConfig("adam", update="adam", lr=adam_lr, objective_from_policy=True, parts=parts)
     adam = build_method(rival, policy=after)
     return MetaReport(
         steps,
@@ -113,7 +115,7 @@ def unadapted_losses(trainer: MetaTrainer, tasks: Sequence[Task], policy: Adapta
     means = []
     for task in tasks:
         scores = [
-            trainer.meta_loss(policy.evaluate(trainer.model, trainer.parameters, batch.images), batch)
+            trainer.meta_loss(evaluate_on(policy, trainer.model, trainer.parameters, batch.images), batch)
             for batch in (task[position] for position in range(1, len(task)))
         ]
         means.append(float(torch.stack(scores).mean()))

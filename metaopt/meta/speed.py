@@ -9,12 +9,15 @@ import torch
 
 from metaopt.evaluation import MemoryMeter
 from metaopt.evaluation.timing import synchronize
-from metaopt.inner_loop import UnrollConfig, build_backend, gradients_of, meta_gradient
-from metaopt.inner_loop.backends import BACKENDS
 from metaopt.meta.loss import build_meta_loss
+from metaopt.meta.meta_gradient import meta_gradient
 from metaopt.meta.tasks import TaskSampler
 from metaopt.meta.trainer import MetaTrainer
+from metaopt.meta.unroll import UnrollConfig
+from metaopt.optimizers.backends import BACKENDS, build_backend
+from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import detached
+from metaopt.policy.step import evaluate_on
 
 # Meta-loss, and whether the teacher's view is cached or predicted anew for each augmented batch.
 LOSSES = {
@@ -86,10 +89,10 @@ def update_share(trainer: MetaTrainer, repeats: int = 5) -> float:
 def forward_backward(trainer: MetaTrainer) -> Callable[[], object]:
     """One forward pass and the backward pass of the policy's objective to the adapted tensors."""
     leaves = detached(trainer.parameters)
-    images = trainer.images[: trainer.config.tasks.batch_size]
+    images = trainer.images[: trainer.config.batch_size]
 
     def run() -> object:
-        output = trainer.policy.evaluate(trainer.model, leaves, images)
+        output = evaluate_on(trainer.policy, trainer.model, leaves, images)
         assert output.loss is not None
         return gradients_of(output.loss, leaves)
 
@@ -98,13 +101,13 @@ def forward_backward(trainer: MetaTrainer) -> Callable[[], object]:
 
 def _unroll(trainer: MetaTrainer, backend: str, gradient: str, loss: str, steps: int) -> Callable[[], object]:
     meta_loss_name, clean_view = LOSSES[loss]
-    tasks = replace(trainer.config.tasks, clean_view=clean_view)
+    tasks = replace(trainer.config, clean_view=clean_view)
     meta_loss = build_meta_loss(meta_loss_name, trainer.config.tempered, trainer.config.balance)
     teacher = None if meta_loss.own_objective else trainer.teach
     sampler = TaskSampler(trainer.images, trainer.sampler.shifts, tasks, teacher)
     randomness = torch.Generator().manual_seed(0)
     task = sampler.sample(steps, randomness)
-    config = UnrollConfig(gradient, None, trainer.config.unroll.term_steps)
+    config = UnrollConfig(gradient, None, trainer.config.term_steps)
     apply = build_backend(backend, trainer.rule)
 
     def run() -> object:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from metaopt.data.seeding import generator_for
 from metaopt.data.shifts import Shift, get_shift
-from metaopt.errors import ConfigError
-from metaopt.inner_loop.unroll import MetaBatch
+from metaopt.errors import ConfigError, check_one_of, check_range
+from metaopt.meta.unroll import MetaBatch
 
 CLEAN_VIEWS = ("cached", "augmented")
 
@@ -28,7 +28,7 @@ class TaskConfig:
     strength: tuple[float, float] = (0.5, 5.0)  # range of the shift's strength
     composed: float = 0.3  # probability that a second shift is applied on top
     occlusion: float = 0.3  # probability that rectangles are occluded
-    flip: bool = True  # mirror images; not where mirroring changes the class, as with digits
+    flip: bool | None = None  # mirror images, not where that changes the class; None: yes, but not digits by command
     translate: int = 2  # largest move of an image, pixels
     # Where the teacher's view comes from: "cached" predicts each clean image once, "augmented" each view anew.
     clean_view: str = "cached"
@@ -36,19 +36,13 @@ class TaskConfig:
     def __post_init__(self) -> None:
         """Check every value against its range."""
         low, high = self.strength
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; at least 1 image is needed: set for example 64")
+        check_range("batch_size", self.batch_size, 1, example="64")
         if not 0 < low <= high <= 5:
             raise ConfigError(f"meta.strength is {self.strength}; allowed is 0 < low <= high <= 5: set [0.5, 5]")
-        for name, value in (("composed", self.composed), ("occlusion", self.occlusion)):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"meta.{name} is {value}; a probability lies in [0, 1]: set for example 0.3")
-        if self.translate < 0:
-            raise ConfigError(f"meta.translate is {self.translate}; allowed are 0 or more pixels: set for example 2")
-        if self.clean_view not in CLEAN_VIEWS:
-            raise ConfigError(
-                f"meta.clean_view is {self.clean_view!r}; allowed are {', '.join(CLEAN_VIEWS)}: choose one"
-            )
+        check_range("meta.composed", self.composed, 0, 1, example="0.3")
+        check_range("meta.occlusion", self.occlusion, 0, 1, example="0.3")
+        check_range("meta.translate", self.translate, 0, example="2")
+        check_one_of("meta.clean_view", self.clean_view, CLEAN_VIEWS)
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ class TaskSampler:
         mirrored = torch.rand(count, generator=generator).to(images.device) < 0.5
         rows = (torch.arange(height, device=images.device) + moves[0].unsqueeze(1)).clamp(0, height - 1)  # (B, H)
         columns = (torch.arange(width, device=images.device) + moves[1].unsqueeze(1)).clamp(0, width - 1)  # (B, W)
-        if self.config.flip:
+        if self.config.flip is not False:
             columns = torch.where(mirrored.unsqueeze(1), columns.flip(1), columns)
         pixels = (rows.unsqueeze(2) * width + columns.unsqueeze(1)).view(count, 1, -1)  # (B, 1, H W)
         return images.flatten(2).gather(2, pixels.expand(-1, images.shape[1], -1)).view_as(images)

@@ -11,21 +11,25 @@ from metaopt.data.seeding import generator_for
 from metaopt.data.shifts import META, WIDE, Shift, shift_names
 from metaopt.errors import CheckpointError, DataError
 from metaopt.evaluation import Monitor, curve_figure
-from metaopt.generator import GradientGenerator
-from metaopt.inner_loop import build_backend, meta_gradient, squares_by_part, unrolled_loss
-from metaopt.meta.carry import Carried
+from metaopt.meta.budget_tasks import BudgetTasks
+from metaopt.meta.build_policy import build_policy
 from metaopt.meta.config import MetaTrainConfig
-from metaopt.meta.counters import Counters, next_price
-from metaopt.meta.fresh import fresh_policy
+from metaopt.meta.continued_task import ContinuedTask
+from metaopt.meta.evaluate import unrolled_loss
 from metaopt.meta.gate_share import asked_share
 from metaopt.meta.loss import build_meta_loss
+from metaopt.meta.meta_gradient import meta_gradient
 from metaopt.meta.optimizer import MetaOptimizer
-from metaopt.meta.rate_tasks import RateTasks
 from metaopt.meta.selection import held_out_tasks, selection_loss
 from metaopt.meta.tasks import Task, TaskSampler, Window
-from metaopt.meta.warm_start import begin_with, freeze, unstride
+from metaopt.meta.trainer_state import TrainerState, next_multiplier
+from metaopt.meta.unroll import learned_groups
+from metaopt.meta.warm_start import begin_with, freeze, unscale
 from metaopt.models import SourceModel
-from metaopt.policy import AdaptationPolicy, PolicyState
+from metaopt.optimizers.backends import build_backend
+from metaopt.optimizers.mgg import GradientGenerator
+from metaopt.policy import AdaptationPolicy
+from metaopt.policy.state import State
 from metaopt.types import Parameters
 
 
@@ -61,23 +65,27 @@ class MetaTrainer:
         self.source, self.images = model.requires_grad_(False), images
         self.monitor = monitor or Monitor(None)
         self.meta_loss = build_meta_loss(config.loss, config.tempered, config.balance)
-        shifts = (*shift_names(META), *shift_names(WIDE)) if shifts is None else shifts
+        shifts = shifts or config.shifts or (*shift_names(META), *shift_names(WIDE))
         teacher = None if self.meta_loss.own_objective else self.teach  # where nobody asks, it need not predict
-        self.sampler = TaskSampler(images, shifts, config.tasks, teacher)
-        self.selection = held_out_tasks(self, config.selection_shifts, config.selection_tasks, config.steps)
-        self.policy, self.model, self.parameters = fresh_policy(model, images, config)
+        self.sampler = TaskSampler(images, shifts, config, teacher)
+        self.selection = held_out_tasks(
+            images, self.teach, config, config.selection_shifts, config.selection_tasks, config.steps
+        )
+        self.policy, self.model, self.parameters = build_policy(model, images, config)
         assert isinstance(self.policy.rule, GradientGenerator)
         begin_with(self.policy, start, model)
         freeze(self.policy, config.frozen, config.only, on_top=start is not None)
-        unstride(self.policy, start)
+        unscale(self.policy, start)
         self.rule = self.policy.rule
         self.apply = build_backend(config.backend, self.rule)
         self.optimizer = MetaOptimizer(self.policy, config)
         self.randomness = generator_for("meta-training", config.seed)
-        self.counters = Counters()
+        self.progress = TrainerState()
         self.best = self._weights()
-        self.carried: Carried | None = None  # where the last task ended
-        self.rate_tasks = RateTasks(self.model, self.policy, self.parameters) if config.rates else None
+        self.continued: ContinuedTask | None = None  # where the last task ended
+        self.budgets: BudgetTasks | None = None
+        if config.learns_precision:
+            self.budgets = BudgetTasks(self.model, self.policy, self.parameters)
 
     def run(
         self,
@@ -92,18 +100,18 @@ class MetaTrainer:
             on_unroll: called with the meta-loss after each unroll; whenever it is, :meth:`state_dict` is consistent.
             on_epoch: called after each epoch.
         """
-        counters, config = self.counters, self.config
-        last = config.epochs if stop_after is None else min(config.epochs, counters.epoch + stop_after)
-        if not counters.selection:
+        progress, config = self.progress, self.config
+        last = config.epochs if stop_after is None else min(config.epochs, progress.epoch + stop_after)
+        if not progress.selection:
             self._select()
-        while counters.epoch < last:
-            while counters.unroll < config.unrolls:
-                loss = self._unroll(config.steps_at(counters.epoch))
-                counters.unroll += 1
+        while progress.epoch < last:
+            while progress.unroll < config.unrolls:
+                loss = self._unroll(config.steps_at(progress.epoch))
+                progress.unroll += 1
                 if on_unroll is not None:
                     on_unroll(loss)
-            counters.epoch, counters.unroll = counters.epoch + 1, 0
-            if config.scores(counters.epoch):
+            progress.epoch, progress.unroll = progress.epoch + 1, 0
+            if config.is_scored(progress.epoch):
                 self._select()
             if on_epoch is not None:
                 on_epoch()
@@ -111,18 +119,18 @@ class MetaTrainer:
 
     def best_policy(self) -> AdaptationPolicy:
         """A copy of the policy, with the weights that model selection kept; the latest, before any epoch was scored."""
-        policy, chosen = copy.deepcopy(self.policy), len(self.counters.selection) > 1
+        policy, chosen = copy.deepcopy(self.policy), len(self.progress.selection) > 1
         if chosen:
             policy.load_state_dict(self.best)
         assert isinstance(policy.rule, GradientGenerator)
-        policy.rule.stride(self.config.stride)
+        policy.rule.scale_step_sizes(self.config.deploy_step_scale)
         policy.training = {
             "config": self.config.to_dict(),
             "shifts": [shift.name for shift in self.sampler.shifts],
-            "epochs": self.counters.epoch,
-            "best_epoch": self.counters.best_epoch if chosen else self.counters.epoch,
-            "selection": list(self.counters.selection),
-            "skipped": self.counters.skipped,
+            "epochs": self.progress.epoch,
+            "best_epoch": self.progress.best_epoch if chosen else self.progress.epoch,
+            "selection": list(self.progress.selection),
+            "skipped": self.progress.skipped,
         }
         return policy
 
@@ -135,9 +143,9 @@ class MetaTrainer:
             "weights": self._weights(),
             "optimizer": self.optimizer.state_dict(),
             "randomness": self.randomness.get_state(),
-            "counters": {**vars(self.counters), "selection": list(self.counters.selection)},
+            "progress": {**vars(self.progress), "selection": list(self.progress.selection)},
             "best": dict(self.best),
-            "carried": None if self.carried is None else self.carried.to_dict(),
+            "continued": None if self.continued is None else self.continued.to_dict(),
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
@@ -149,7 +157,11 @@ class MetaTrainer:
         before = self.state_dict()
         try:
             config = values["config"]
-            differing = sorted(key for key, value in self.config.to_dict().items() if config.get(key) != value)
+            differing = sorted(
+                key
+                for key, value in self.config.to_dict().items()
+                if config.get(key) != value and not key.startswith("report_")  # of the closing table alone
+            )
             if values["shifts"] != before["shifts"]:
                 differing.append("shifts")
             if differing:
@@ -173,10 +185,10 @@ class MetaTrainer:
         self.policy.load_state_dict(values["weights"])
         self.optimizer.load_state_dict(values["optimizer"])
         self.randomness.set_state(values["randomness"])
-        self.counters = Counters(**{**values["counters"], "selection": list(values["counters"]["selection"])})
+        self.progress = TrainerState(**{**values["progress"], "selection": list(values["progress"]["selection"])})
         self.best = {name: tensor.clone() for name, tensor in values["best"].items()}
-        carried = values["carried"]
-        self.carried = None if carried is None else Carried.from_dict(carried, self.policy)
+        continued = values["continued"]
+        self.continued = None if continued is None else ContinuedTask.from_dict(continued, self.policy)
 
     def evaluate(self, tasks: Sequence[Task], policy: AdaptationPolicy | None = None) -> Tensor:
         """Mean of the meta-loss over the positions of each task, (tasks,)."""
@@ -187,7 +199,7 @@ class MetaTrainer:
     def _unroll(self, steps: int) -> float:
         """One task: meta-updates along it, or one at its end. Returns the mean meta-loss."""
         task = self.sampler.sample(steps, self.randomness)
-        rates = None if self.rate_tasks is None else self.rate_tasks.sample(task[0].images, self.randomness)
+        budget = None if self.budgets is None else self.budgets.sample(task[0].images, self.randomness)
         length = min(self.config.update_every or steps, steps)
         parameters, state = self._begin()
         losses: list[Tensor] = []
@@ -200,68 +212,73 @@ class MetaTrainer:
                 Window(task, start, min(start + length, steps) + 1),
                 self.meta_loss,
                 apply=self.apply,
-                config=self.config.unroll,
+                config=self.config,
                 generator=self.randomness,
-                rates=rates,
-                update_price=self.counters.update_price,
+                budget=budget,
+                lagrange_multiplier=self.progress.lagrange_multiplier,
             )
             self._price_updates(result.opened)
             parameters, state = result.parameters, result.state
             losses.extend(result.losses)
             self._update(result.loss, result.gradients, steps)
-            if self.rate_tasks is not None and rates is not None:
-                over = self.rate_tasks.over_budget(rates, result.state.pruning)
-                self.monitor.scalar("meta/bytes_over_budget", over, self.counters.updates)
-        self.carried = Carried.of(parameters, state)
+            if self.budgets is not None and budget is not None:
+                over = self.budgets.over_budget(budget, result.state["pruning"])
+                self.monitor.scalar("meta/bytes_over_budget", over, self.progress.updates)
+        self.continued = ContinuedTask.of(parameters, state)
         self._log_unroll(losses)
         return float(torch.stack(losses).mean())
 
-    def _begin(self) -> tuple[Parameters, PolicyState | None]:
+    def _begin(self) -> tuple[Parameters, State | None]:
         """Parameters and state that a task begins with: the source's, or those that the task before it ended with."""
-        if self.config.carry == 0:
+        if self.config.continues == 0:
             return self.parameters, None
-        goes_on = float(torch.rand((), generator=self.randomness)) < self.config.carry
-        if self.carried is None or not goes_on:
+        goes_on = float(torch.rand((), generator=self.randomness)) < self.config.continues
+        if self.continued is None or not goes_on:
             return self.parameters, None
-        return self.carried.parameters, self.carried.state
+        return self.continued.parameters, self.continued.state
 
     def _price_updates(self, opened: list[bool]) -> None:
-        if self.config.update_rate is not None:
-            rate, counters, total = sum(opened) / len(opened), self.counters, self.config.total_unrolls
-            counters.update_price = next_price(counters.update_price, rate, self.config.update_rate, total)
-            self.monitor.scalar("meta/update_rate", rate, counters.updates)
-            self.monitor.scalar("meta/update_price", counters.update_price, counters.updates)
+        """Move the price of an update so that the gate comes to open as rarely as asked."""
+        share, progress = self.config.gate_share, self.progress
+        if share is not None and opened:
+            rate, total = sum(opened) / len(opened), self.config.total_unrolls
+            progress.lagrange_multiplier = next_multiplier(progress.lagrange_multiplier, rate, share, total)
+            self.monitor.scalar("meta/update_rate", rate, progress.updates)
+            self.monitor.scalar("meta/lagrange_multiplier", progress.lagrange_multiplier, progress.updates)
 
     def _update(self, loss: Tensor, gradients: dict[str, Tensor], steps: int) -> None:
         """One step of the meta-optimizer, unless the loss or a gradient is not finite."""
-        counters = self.counters
-        counters.updates += 1
-        for part, square in squares_by_part(gradients).items():
-            self.monitor.scalar(f"meta/grad_norm/{part}", square.sqrt(), counters.updates)
-        norm, taken = self.optimizer.step(loss, gradients, self.config.rate_share(counters.epoch, counters.unroll))
-        counters.skipped += not taken
-        self.monitor.scalar("meta/loss", loss, counters.updates)
-        self.monitor.scalar(f"meta/loss_{self.config.loss}", loss, counters.updates)
-        self.monitor.scalar("meta/grad_norm", norm, counters.updates)
-        self.monitor.scalar("meta/steps", steps, counters.updates)
-        self.monitor.scalar("meta/skipped", counters.skipped, counters.updates)
+        progress = self.progress
+        progress.updates += 1
+        for group, names in learned_groups(self.policy).items():
+            norm = torch.stack([gradients[name].square().sum() for name in names]).sum().sqrt()
+            self.monitor.scalar(f"meta/grad_norm/{group}", norm, progress.updates)
+        norm, taken = self.optimizer.step(loss, gradients, self.config.rate_share(progress.epoch, progress.unroll))
+        progress.skipped += not taken
+        self.monitor.scalar("meta/loss", loss, progress.updates)
+        self.monitor.scalar(f"meta/loss_{self.config.loss}", loss, progress.updates)
+        self.monitor.scalar("meta/grad_norm", norm, progress.updates)
+        self.monitor.scalar("meta/steps", steps, progress.updates)
+        self.monitor.scalar("meta/skipped", progress.skipped, progress.updates)
 
     def _log_unroll(self, losses: list[Tensor]) -> None:
-        if self.counters.unroll == self.config.unrolls - 1:
+        if self.progress.unroll == self.config.unrolls - 1:
             figure = curve_figure(
                 [float(loss) for loss in losses], "Meta-loss along the unroll", "adaptation steps taken", "meta-loss"
             )
-            self.monitor.figure("meta/loss_over_unroll", figure, self.counters.updates)
+            self.monitor.figure("meta/loss_over_unroll", figure, self.progress.updates)
 
     def _select(self) -> None:
         """Score the weights on held-out tasks, without labels, and keep the best."""
-        counters = self.counters
-        with asked_share(self):
-            loss, weights = selection_loss(self, self.selection), self._weights()
-        counters.selection.append(loss)
-        self.monitor.scalar("meta/selection_loss", loss, counters.updates)
-        if not self.config.select_best or loss < counters.best_loss:
-            counters.best_loss, counters.best_epoch, self.best = loss, counters.epoch, weights
+        progress = self.progress
+        policy, model, parameters, config = self.policy, self.model, self.parameters, self.config
+        with asked_share(policy, model, parameters, self.selection, config.gate_share):
+            loss = selection_loss(policy, model, parameters, config, self.selection, self.budgets)
+            weights = self._weights()
+        progress.selection.append(loss)
+        self.monitor.scalar("meta/selection_loss", loss, progress.updates)
+        if not self.config.select_best or loss < progress.best_loss:
+            progress.best_loss, progress.best_epoch, self.best = loss, progress.epoch, weights
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}

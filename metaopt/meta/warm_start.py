@@ -4,12 +4,13 @@ A gate, or rates, that are learned on top of a frozen generator leave it as good
 """
 
 from collections.abc import Collection
+from dataclasses import asdict
 
 from metaopt.errors import CheckpointError, ConfigError
-from metaopt.generator import GradientGenerator
-from metaopt.inner_loop import PARTS, part_of
+from metaopt.meta.unroll import learned_groups
 from metaopt.models import SourceModel
-from metaopt.policy import AdaptationPolicy, check_source
+from metaopt.optimizers.mgg import GradientGenerator
+from metaopt.policy import AdaptationPolicy
 
 
 def begin_with(policy: AdaptationPolicy, start: AdaptationPolicy | None, model: SourceModel) -> None:
@@ -25,10 +26,10 @@ def begin_with(policy: AdaptationPolicy, start: AdaptationPolicy | None, model: 
     """
     if start is None:
         return
-    check_source(start, model)
-    theirs = start.rule.config.to_dict() if isinstance(start.rule, GradientGenerator) else {}
+    start.check_source(model)
+    theirs = asdict(start.rule.config) if isinstance(start.rule, GradientGenerator) else {}
     assert isinstance(policy.rule, GradientGenerator)
-    ours = policy.rule.config.to_dict()
+    ours = asdict(policy.rule.config)
     differing = sorted(key for key in ours if theirs.get(key) != ours[key])
     if differing:
         raise CheckpointError(
@@ -45,10 +46,10 @@ def begin_with(policy: AdaptationPolicy, start: AdaptationPolicy | None, model: 
     policy.load_state_dict(own | {name: tensor for name, tensor in given.items() if name in own})
 
 
-def unstride(policy: AdaptationPolicy, start: AdaptationPolicy | None) -> None:
-    """Where step sizes go on learning, they begin as those of ``start`` ended: without the stride that it came with."""
+def unscale(policy: AdaptationPolicy, start: AdaptationPolicy | None) -> None:
+    """Where step sizes go on learning, they begin as those of ``start`` ended: without its ``deploy_step_scale``."""
     if start is not None and isinstance(policy.rule, GradientGenerator):
-        policy.rule.stride(1 / start.training.get("config", {}).get("stride", 1.0))
+        policy.rule.scale_step_sizes(1 / start.training.get("config", {}).get("deploy_step_scale", 1.0))
 
 
 def freeze(
@@ -66,8 +67,8 @@ def freeze(
         ConfigError: the policy has no such part that learns, nothing would be left to learn, or ``only`` leaves alone a
             generator that nobody has trained.
     """
-    learned = {name: tensor for name, tensor in policy.named_parameters() if tensor.requires_grad}
-    present = [part for part in PARTS if any(part_of(name) == part for name in learned)]
+    groups, tensors = learned_groups(policy), dict(policy.named_parameters())
+    present = list(groups)
     for key, named in (("frozen", parts), ("only", only or ())):
         for part in named:
             if part not in present:
@@ -82,10 +83,11 @@ def freeze(
                 "policy alone: set start=start.pt, that policy's file, or add generator"
             )
         parts = {*parts, *(part for part in present if part not in only)}
-    for name, tensor in learned.items():
-        if part_of(name) in parts:
-            tensor.requires_grad_(False)
-    if not any(tensor.requires_grad for tensor in learned.values()):
+    for part in present:
+        if part in parts:
+            for name in groups[part]:
+                tensors[name].requires_grad_(False)
+    if present and all(part in parts for part in present):
         raise ConfigError(
             f"meta.frozen=[{','.join(part for part in present if part in parts)}] leaves nothing to learn; allowed are "
             "all parts but one at most: leave one out"

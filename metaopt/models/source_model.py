@@ -4,6 +4,7 @@ It stays in ``eval()`` (no dropout, no running-buffer updates); a forward pass m
 and for each block's pooled features.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,6 +81,25 @@ class SourceModel(nn.Module):
     def weights_sha256(self) -> str:
         """Fingerprint of the wrapped network's weights and buffers (`metaopt.files.weights_sha256`)."""
         return weights_sha256(self.module)
+
+    def skeleton(self) -> "SourceModel":
+        """Another model of the same network: its modules are copies, every parameter and buffer is shared.
+
+        What a forward pass does to modules (tensors that stand in for others, hooks) stays in the skeleton that it runs
+        on, so that several threads may each run one of their own.
+
+        Raises:
+            ModelError: a module of the network cannot be copied.
+        """
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        try:
+            return copy.deepcopy(self, shared)
+        except (TypeError, RuntimeError, AttributeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(
+                f"{type(self.module).__name__} cannot be copied ({reason}); adapters run a copy of the modules that "
+                "shares their tensors: keep what cannot be copied out of the modules' attributes"
+            ) from error
 
     def train(self, mode: bool = True) -> "SourceModel":
         """Stay in ``eval()`` whatever is asked: only BatchNorm's statistics change mode, by ``batch_statistics``."""

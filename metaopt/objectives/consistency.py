@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
 from metaopt.errors import ConfigError
+from metaopt.objectives.term import Term
+from metaopt.types import ForwardOutput
 
 SHARE_PER_CLASS = 0.01
 
@@ -23,7 +25,17 @@ def view_consistency(logits: Tensor, view_logits: Tensor | None) -> Tensor:
     if view_logits is None:
         raise ConfigError(
             "the objective's term 'consistency' got no logits of an augmented view, needs (B, C); "
-            "give them as ForwardOutput.view_logits, as AdaptationPolicy.evaluate does, or drop the term"
+            "give them as ForwardOutput.view_logits, as the adaptation step does, or drop the term"
         )
     cross_entropy = -(softmax(logits, dim=-1) * log_softmax(view_logits, dim=-1)).sum(dim=-1)
     return SHARE_PER_CLASS * logits.shape[1] * cross_entropy
+
+
+class Consistency(Term):
+    """Consistency of the predictions on an image and on an augmented view of it (SURGEON)."""
+
+    needs = frozenset({"view"})
+
+    def forward(self, output: ForwardOutput) -> Tensor:
+        """(B,), nats."""
+        return view_consistency(output.logits, output.view_logits)

@@ -11,6 +11,8 @@ import math
 from torch import Tensor
 
 from metaopt.objectives.entropy import softmax_entropy
+from metaopt.objectives.term import Term
+from metaopt.types import ForwardOutput
 
 MARGIN = 0.4
 """E₀ as a share of the largest possible entropy, log C."""
@@ -27,3 +29,11 @@ def filtered_entropy(logits: Tensor) -> Tensor:
     passes = (entropy.detach() < margin).to(entropy)
     weight = passes * (margin - entropy.detach()).exp()
     return weight * entropy * (len(entropy) / passes.sum().clamp(min=1.0))
+
+
+class FilteredEntropy(Term):
+    """Entropy of the predictions that are certain enough, weighted by how certain (EATA's first filter, SURGEON)."""
+
+    def forward(self, output: ForwardOutput) -> Tensor:
+        """(B,), nats."""
+        return filtered_entropy(output.logits)

@@ -9,6 +9,9 @@ in float32 it is infinite, with NaN gradients, from a logit gap of about 17 on. 
 import torch
 from torch import Tensor
 
+from metaopt.objectives.term import Term
+from metaopt.types import ForwardOutput
+
 CLAMP = 1e-5
 
 
@@ -21,3 +24,11 @@ def soft_likelihood_ratio(logits: Tensor) -> Tensor:
     # 1 − p is clamped itself rather than taken from the clamped p: 1 − CLAMP rounds to 1 in half precision.
     log_odds = p.clamp(CLAMP, 1 - CLAMP).log() - (1 - p).clamp(CLAMP, 1 - CLAMP).log()
     return -(p * log_odds).sum(dim=-1)
+
+
+class SoftLikelihoodRatio(Term):
+    """Soft likelihood ratio of each prediction, whose gradient does not vanish on sure ones (ROID)."""
+
+    def forward(self, output: ForwardOutput) -> Tensor:
+        """(B,)."""
+        return soft_likelihood_ratio(output.logits)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
 from metaopt.errors import ConfigError
+from metaopt.objectives.term import Term
+from metaopt.types import ForwardOutput
 
 
 def teacher_cross_entropy(logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
@@ -20,6 +22,16 @@ def teacher_cross_entropy(logits: Tensor, teacher_logits: Tensor | None) -> Tens
     if teacher_logits is None:
         raise ConfigError(
             "the objective's term 'teacher' got no logits of a teacher, needs (B, C); give the method a teacher "
-            "(method.teacher in its YAML file, MethodConfig(teacher=TeacherConfig())), or drop the term"
+            "(parts.teacher in its YAML file), or drop the term"
         )
     return -(softmax(teacher_logits.detach(), dim=-1) * log_softmax(logits, dim=-1)).sum(dim=-1)
+
+
+class TeacherCrossEntropy(Term):
+    """Cross-entropy of each prediction with a teacher's (CoTTA, MoASE)."""
+
+    needs = frozenset({"teacher"})
+
+    def forward(self, output: ForwardOutput) -> Tensor:
+        """(B,), nats."""
+        return teacher_cross_entropy(output.logits, output.teacher_logits)

@@ -2,29 +2,21 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metaopt import registry
 from metaopt.errors import ConfigError
-from metaopt.objectives.registry import get_term
-from metaopt.types import ForwardOutput, SourceStatistics
-
-
-class InvertiblePair(NamedTuple):
-    """How a learned scalar lives unconstrained: ``constrain`` gives its value, ``unconstrain`` its parameter."""
-
-    constrain: Callable[[Tensor], Tensor]
-    unconstrain: Callable[[Tensor], Tensor]
-
-
-POSITIVE = InvertiblePair(constrain=torch.exp, unconstrain=torch.log)
-"""Positive scalars as logarithms: a step of an optimizer is a relative change, and the sign cannot flip."""
+from metaopt.objectives.term import Term
+from metaopt.types import ForwardOutput
 
 
 class WeightedObjective(nn.Module):
     """Label-free loss L = Σ_i w_i · T_i over named terms T_i with positive weights w_i = exp(log_weights_i).
+
+    As logarithms, a step of a meta-optimizer is a relative change, and a sign cannot flip.
 
     Args:
         weights: weight of each term by its registered name; their order is the order of everything below.
@@ -36,82 +28,69 @@ class WeightedObjective(nn.Module):
         ConfigError: no terms, an unknown term, or a weight that is not a finite positive number.
     """
 
-    needs_features: bool
-    needs_view: bool
-    needs_teacher: bool
-
     def __init__(self, weights: Mapping[str, float], learned: bool = False) -> None:
         super().__init__()
         if not weights:
             raise ConfigError(
                 "the objective has 0 terms, needs at least 1; give weights such as {slr: 1, diversity: 1}"
             )
-        # Names rather than the terms themselves, whose functions may be lambdas: the objective stays picklable.
         self._initial_weights = {str(name): _checked_weight(name, weight) for name, weight in weights.items()}
         self.learned = bool(learned)
-        self.needs_features = any(get_term(name).needs_features for name in self._initial_weights)
-        self.needs_view = any(get_term(name).needs_view for name in self._initial_weights)
-        self.needs_teacher = any(get_term(name).needs_teacher for name in self._initial_weights)
+        self.named_terms: dict[str, Term] = {name: registry.get("objective term", name)() for name in weights}
+        self.terms = nn.ModuleList(self.named_terms.values())
+        self.needs = frozenset[str]().union(*(term.needs for term in self.named_terms.values()))
         initial = torch.tensor(list(self._initial_weights.values()), dtype=torch.float64)
-        log_weights = POSITIVE.unconstrain(initial).to(torch.get_default_dtype())
+        log_weights = initial.log().to(torch.get_default_dtype())
         self.log_weights = nn.Parameter(log_weights, requires_grad=self.learned)  # (terms,)
 
     def weights(self) -> dict[str, Tensor]:
         """Scalar weight of each term now; differentiable in ``log_weights`` where they are learned."""
-        return dict(zip(self._initial_weights, POSITIVE.constrain(self.log_weights).unbind(), strict=True))
+        return dict(zip(self.named_terms, self.log_weights.exp().unbind(), strict=True))
 
-    def terms(self, output: ForwardOutput, statistics: SourceStatistics | None = None) -> dict[str, Tensor]:
-        """Unweighted scalar value of each term on this batch: the mean over the samples where it is per sample.
+    def values(self, output: ForwardOutput, sample_weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Unweighted scalar value of each term on this batch, the mean over the samples where it is per sample.
+
+        Args:
+            output: the predictions, and what the terms read beside them.
+            sample_weights: (B,), factors of the samples in that mean; None: all 1.
+
+        Returns:
+            The values, not detached: they hold the graph for as long as they are kept.
 
         Raises:
             ConfigError: a term lacks the features, the view, the teacher or the source statistics that it reads.
         """
-        output = _widened(output)
-        values = {}
-        for name in self._initial_weights:
-            term = get_term(name)
-            value = term.function(output, statistics)
-            values[name] = value.mean() if term.per_sample else value
+        output, values = _widened(output), {}
+        for name, term in self.named_terms.items():
+            value = term(output)
+            if term.per_sample:
+                value = (value if sample_weights is None else value * sample_weights.to(value)).mean()
+            values[name] = value
         return values
 
-    def per_sample(self, output: ForwardOutput, statistics: SourceStatistics | None = None) -> dict[str, Tensor]:
-        """Unweighted value (B,) of each term that is defined per sample; the others are left out."""
-        output = _widened(output)
-        terms = {name: get_term(name) for name in self._initial_weights}
-        return {name: term.function(output, statistics) for name, term in terms.items() if term.per_sample}
+    def prepare(self, model: nn.Module, images: Callable[[], Tensor], batch_size: int = 64) -> None:
+        """Let the terms take what they need of clean source images; ``images`` is called only where one does."""
+        for term in self.named_terms.values():
+            term.prepare(model, images, batch_size)
 
-    def loss(
-        self, output: ForwardOutput, statistics: SourceStatistics | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum on this batch, a scalar, and the unweighted terms that it was summed from.
-
-        The terms are not detached: they hold the graph for as long as they are kept.
-        """
-        terms = self.terms(output, statistics)
-        weights = self.weights()
-        parts = [weights[name].to(term) * term for name, term in terms.items()]
-        return torch.stack(parts).sum(), terms
-
-    def to_config(self) -> dict[str, Any]:
-        """What it was built from, as primitives; learned values travel in the ``state_dict``."""
-        return {"weights": dict(self._initial_weights), "learned": self.learned}
+    def to_dict(self) -> dict[str, Any]:
+        """What it was built from, as primitives and tensors; learned weights travel in the ``state_dict``."""
+        terms = {name: term.to_dict() for name, term in self.named_terms.items()}
+        return {"weights": dict(self._initial_weights), "learned": self.learned, "terms": terms}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "WeightedObjective":
-        """The inverse of ``to_config``.
+    def from_dict(cls, values: Mapping[str, Any]) -> "WeightedObjective":
+        """The inverse of ``to_dict``.
 
         Raises:
-            ConfigError: a key other than ``weights`` and ``learned``, no ``weights``, or a bad value of them.
+            ConfigError: an unknown or missing key, or a bad value of one.
         """
-        unknown = sorted(set(config) - {"weights", "learned"})
-        if unknown:
-            raise ConfigError(f"unknown objective setting {unknown[0]!r}; allowed: weights, learned; remove it")
-        if not isinstance(config.get("weights"), Mapping):
-            raise ConfigError(
-                f"objective weights are {config.get('weights')!r}, must map terms to numbers; "
-                "give weights such as {slr: 1, diversity: 1}"
-            )
-        return cls(config["weights"], learned=config.get("learned", False))
+        if set(values) != {"weights", "learned", "terms"} or not isinstance(values["weights"], Mapping):
+            raise ConfigError(f"an objective has {sorted(values)}; allowed are weights, learned and terms: give those")
+        objective = cls(values["weights"], learned=values["learned"])
+        for name, term in objective.named_terms.items():
+            term.load_dict(values["terms"][name])
+        return objective
 
     def extra_repr(self) -> str:
         """The terms with their weights now."""
@@ -119,8 +98,13 @@ class WeightedObjective(nn.Module):
         return f"{parts}, learned={self.learned}"
 
 
+def weighted_sum(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    """The loss: values times weights, summed; a scalar."""
+    return torch.stack([weights[name].to(value) * value for name, value in values.items()]).sum()
+
+
 def _checked_weight(name: str, weight: float) -> float:
-    get_term(name)  # an unknown term is the better complaint than its weight
+    registry.get("objective term", name)  # an unknown term is the better complaint than its weight
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ConfigError(f"weight of objective term {name!r} is {weight!r}, must be a number above 0; give 1.0, say")
     if weight == 0:
@@ -137,4 +121,5 @@ def _widened(output: ForwardOutput) -> ForwardOutput:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     view, teacher = (None if other is None else widen(other) for other in (output.view_logits, output.teacher_logits))
-    return ForwardOutput(widen(output.logits), tuple(widen(block) for block in output.features), view, teacher)
+    features = tuple(widen(block) for block in output.features)
+    return ForwardOutput(widen(output.logits), features, view, teacher)

@@ -1,7 +1,6 @@
 """Online adaptation: the adapter that predicts and adapts, its guard, and runs over whole streams."""
 
 from metaopt.online.adapter import OnlineAdapter as OnlineAdapter
-from metaopt.online.guard import FiniteGuard as FiniteGuard
 from metaopt.online.layers import LayerMemory as LayerMemory
 from metaopt.online.run import SETTINGS as SETTINGS
 from metaopt.online.run import DomainReport as DomainReport

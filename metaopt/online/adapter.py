@@ -14,23 +14,24 @@ from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
 from metaopt.errors import CheckpointError
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
-from metaopt.inner_loop import InPlaceApply
 from metaopt.models import SourceModel
-from metaopt.online.guard import NONFINITE, RESTORED, SKIPPED, FiniteGuard
-from metaopt.policy import AdaptationPolicy, PolicyState, check_source
-from metaopt.policy.state import copied_state, state_from_list, state_to_list
+from metaopt.optimizers.update import NONFINITE, FiniteGuard, InPlaceApply
+from metaopt.policy import AdaptationPolicy
+from metaopt.policy.parts.pruning import Pruning
+from metaopt.policy.state import State, copied_state, state_from_dict, state_to_dict
+from metaopt.policy.step import REFUSED, adaptation_step, evaluate_on, loss_of
 from metaopt.types import Parameters, StepOutput
 
 FORMAT = "metaopt-online"
-VERSION = 1
+VERSION = 2
 
 
 class OnlineAdapter:
     """Predicts on each batch, then adapts on it, without labels.
 
-    The source model's own tensors never change: the adapter keeps the adapted ones beside it. Creating an adapter only
-    freezes the model (its tensors no longer require gradients). Experts stand in a model of the adapter's own, which
-    shares the network's tensors.
+    The source model never changes: the adapter runs a skeleton of its own, which shares the network's tensors and has
+    its experts, and keeps the adapted tensors beside it. So adapters in several threads may share one network. Creating
+    an adapter only freezes the model (its tensors no longer require gradients).
 
     Args:
         model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
@@ -57,39 +58,45 @@ class OnlineAdapter:
         profiles: Profiles | None = None,
     ) -> None:
         self.source = model if isinstance(model, SourceModel) else SourceModel(model)
-        check_source(policy, self.source)
-        self.model = policy.attach(self.source)  # the source itself, where there are no experts
+        policy.check_source(self.source)
+        self.model = policy.attach(self.source)
         self.model.requires_grad_(False)
         self.layout = policy.layout(self.model)
         reference = next(iter(self.layout.take(self.model).values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
-        self.memory = ActivationMemory(MemoryConfig(memory, budget_mib), self.policy.pruning, profiles)
-        self.policy.pruning = self.memory.allocation  # where nothing is to choose, nothing is remembered of layers
+        config, pruning = MemoryConfig(memory, budget_mib), self.policy.part("pruning") or Pruning()
+        if config.chooses:
+            self.policy.parts["pruning"] = pruning
+        elif "pruning" in self.policy.parts:  # with nothing to choose, nothing is remembered of the layers either
+            del self.policy.parts["pruning"]
+        self.memory = ActivationMemory(config, pruning.allocation, profiles)
         self.guard = FiniteGuard()
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
         self.steps = 0  # batches seen since creation or reset
+        self.start: Parameters  # where adaptation starts
         self.parameters: Parameters
-        self.state: PolicyState
+        self.state: State
         self._frozen = False
         self.reset()
 
     @property
     def updates(self) -> int:
         """Updates applied since creation or the last reset."""
-        if not self.policy.updates:
+        if self.apply is None:
             return 0
-        return self.steps - self.guard.events[NONFINITE] - self.guard.events[SKIPPED]
+        return self.steps - self.guard.events[NONFINITE] - self.guard.events["skipped"] - self.guard.events[REFUSED]
 
     def reset(self) -> None:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
         with torch.no_grad():
-            own = self.policy.start(self.layout.take(self.model))
-            self.parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in own.items()}
+            start = self.policy.start(self.layout.take(self.model))
+            self.start = {name: tensor.detach() for name, tensor in start.items()}
+            self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
             self.state = copied_state(self.policy.init(self.parameters))
         self.steps = 0
         self.guard.events.clear()
-        possible = {NONFINITE: True, RESTORED: self.policy.restoration, SKIPPED: self.policy.gate}
-        self.guard.events.update({name: 0 for name, part in possible.items() if part is not None})
+        names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
+        self.guard.events.update({name: 0 for name in names})
 
     def __call__(self, images: Tensor) -> Tensor:
         """Predict, then adapt (inside ``frozen()``: predict only).
@@ -106,31 +113,27 @@ class OnlineAdapter:
         """As a call, with the loss and its terms beside the logits; all detached."""
         if self._frozen or self.apply is None:
             with torch.no_grad():
-                output = self.policy.evaluate(self.model, self.parameters, images, self.updates, self.state.teacher)
+                output = evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.updates)
         else:
+            memory = None if self.memory.config.memory == "dense" else self.memory
             with torch.enable_grad():
-                self.parameters, self.state, output = self.policy.step(
+                self.parameters, self.state, output = adaptation_step(
+                    self.policy,
                     self.model,
                     self.parameters,
                     self.state,
                     images,
                     self.apply,
                     self.updates,
-                    self.memory,
+                    memory,
+                    self.start,
                 )
         if not self._frozen:
             self.steps += 1
-            self._count(output)
+            self.guard.events.update(output.events)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
         return replace(output, logits=output.logits.detach(), loss=loss, terms=terms)
-
-    def _count(self, output: StepOutput) -> None:
-        if self.policy.gate is not None and not output.updated:
-            self.guard.events[SKIPPED] += 1
-        restoration = self.policy.restoration
-        if restoration is not None and output.distance is not None and restoration.begins_anew(output.distance):
-            self.guard.events[RESTORED] += 1
 
     def prepare(self, images: Tensor) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.
@@ -138,13 +141,11 @@ class OnlineAdapter:
         Args:
             images: (B, 3, H, W) in [0, 1].
         """
-        if self.policy.updates:
+        if self.apply is not None:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
 
     def _loss_of(self, images: Tensor) -> Tensor:
-        loss = self.policy.evaluate(self.model, self.parameters, images, self.updates, self.state.teacher).loss
-        assert loss is not None
-        return loss
+        return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.updates))
 
     @contextmanager
     def frozen(self) -> Iterator["OnlineAdapter"]:
@@ -168,8 +169,9 @@ class OnlineAdapter:
 
     def _exported(self, prefix: str) -> dict[str, Tensor]:
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        teacher = self.state.teacher if self.policy.predict_with == "teacher" else None
-        current = self.parameters if teacher is None else teacher.average
+        current = self.parameters
+        for part in self.policy.listed:
+            current = part.exported(current, self.state.get(part.name))
         # By identity, because a layer that is used twice has two names there and one here.
         adapted = {id(own[name]): tensor for name, tensor in current.items()}
         weights = self.model.state_dict()
@@ -193,7 +195,7 @@ class OnlineAdapter:
             "method": self.policy.method,
             "source": self.model.weights_sha256(),
             "parameters": parameters,
-            "state": state_to_list(self.state),
+            "state": state_to_dict(self.state),
             "steps": self.steps,
             "events": dict(self.guard.events),
         }
@@ -218,7 +220,7 @@ class OnlineAdapter:
                 raise ValueError("it is of a model with other weights")
             if values["method"] != self.policy.method:
                 raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
-            state = state_from_list(values["state"], copied_state(self.policy.init(self.parameters)))
+            state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
             steps, events = int(values["steps"]), dict(values["events"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(

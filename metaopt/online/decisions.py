@@ -3,9 +3,9 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy
-from matplotlib.figure import Figure
 
 from metaopt.activation_memory import Precision
 from metaopt.activation_memory.importance import learning_layers
@@ -14,13 +14,16 @@ from metaopt.experts import ExpertUsage
 from metaopt.experts.adapter import get_experts
 from metaopt.online.adapter import OnlineAdapter
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 class Decisions:
     """Watches an adapter along a stream; curves after each step, pictures at the end."""
 
     def __init__(self, adapter: OnlineAdapter, monitor: Monitor) -> None:
         self.adapter, self.monitor = adapter, monitor
-        self.usage = None if adapter.policy.experts is None else ExpertUsage()
+        self.usage = None if adapter.policy.part("experts") is None else ExpertUsage()
         self._totals: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)  # domain -> layer -> how many were summed
         self._seen = adapter.memory.layers  # at the latest log: each update makes new ones
@@ -30,7 +33,7 @@ class Decisions:
         return nullcontext() if self.usage is None else self.usage.recording(self.adapter.model, domain)
 
     def log(self, domain: str, step: int) -> None:
-        """Curves of the latest step; rates count where that step updated."""
+        """Curves of the latest step; precisions count where that step updated."""
         adapter, monitor = self.adapter, self.monitor
         if adapter.memory.config.chooses:
             updated, self._seen = adapter.memory.layers is not self._seen, adapter.memory.layers
@@ -52,7 +55,7 @@ class Decisions:
 
     @property
     def bits(self) -> dict[str, dict[str, float]]:
-        """Mean bits that are stored of an entry, by domain and adapted layer; empty where no rule chooses rates."""
+        """Mean bits that are stored of an entry, by domain and adapted layer; empty where nothing chooses them."""
         return {
             domain: {name: total / self._counts[domain][name] for name, total in totals.items()}
             for domain, totals in self._totals.items()
@@ -67,13 +70,15 @@ class Decisions:
             self.monitor.figure("policy/expert_usage_by_domain", figure, step)
 
 
-def stored_bits(rate: Precision) -> float:
+def stored_bits(precision: Precision) -> float:
     """Bits stored of an entry on average, the mask of a pruned layer included."""
-    return float(rate.bits) if rate.keep == 1.0 else rate.bits * rate.keep + 1.0
+    return float(precision.bits) if precision.keep == 1.0 else precision.bits * precision.keep + 1.0
 
 
-def bits_figure(bits: Mapping[str, Mapping[str, float]]) -> Figure:
+def bits_figure(bits: Mapping[str, Mapping[str, float]]) -> "Figure":
     """Domains against layers in forward order, the bits that are stored of an entry as colour."""
+    from matplotlib.figure import Figure
+
     layers: Sequence[str] = list(dict.fromkeys(name for row in bits.values() for name in row))
     values = numpy.array([[row.get(name, numpy.nan) for name in layers] for row in bits.values()])
     figure = Figure(figsize=(2.5 + 0.22 * len(layers), 1.8 + 0.25 * len(values)), layout="constrained")

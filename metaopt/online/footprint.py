@@ -15,10 +15,11 @@ from torch import Tensor
 from metaopt.activation_memory import ActivationMemory, Allocation, MemoryConfig, Precision, SavedActivations
 from metaopt.evaluation import MemoryMeter
 from metaopt.evaluation.timing import synchronize
-from metaopt.inner_loop import gradients_of
 from metaopt.models import SourceModel
+from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import detached, flatten
 from metaopt.policy import AdaptationPolicy
+from metaopt.policy.step import evaluate_on, loss_of
 from metaopt.types import Parameters
 
 
@@ -28,7 +29,7 @@ class Case:
 
     memory: str
     bits: int | None = None  # of every layer, with ``compact``; None: its default
-    budget_mib: float | None = None  # with ``pruned``: the rule chooses the rates
+    budget_mib: float | None = None  # with ``pruned``: an allocation chooses
 
     @property
     def name(self) -> str:
@@ -94,8 +95,9 @@ class _Step:
 
     def __init__(self, model: SourceModel, policy: AdaptationPolicy, leaves: Parameters, case: Case) -> None:
         self.model, self.policy, self.leaves, self.case = model, policy, leaves, case
-        rule: Allocation | None = policy.pruning
-        self.memory = ActivationMemory(MemoryConfig(case.memory, case.budget_mib), rule)
+        pruning = policy.part("pruning")
+        allocation: Allocation | None = None if pruning is None else pruning.allocation
+        self.memory = ActivationMemory(MemoryConfig(case.memory, case.budget_mib), allocation)
         self.state = None if self.memory.allocation is None else self.memory.allocation.init(leaves)
 
     def __call__(self, images: Tensor) -> Parameters:
@@ -104,9 +106,7 @@ class _Step:
 
     def _loss(self, images: Tensor) -> Tensor:
         with torch.enable_grad():
-            loss = self.policy.evaluate(self.model, self.leaves, images).loss
-        assert loss is not None
-        return loss
+            return loss_of(evaluate_on(self.policy, self.model, self.leaves, images))
 
     @contextmanager
     def _kept(self, images: Tensor) -> Iterator[None]:

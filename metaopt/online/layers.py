@@ -56,7 +56,7 @@ def memory_rows(rows: Sequence[LayerMemory]) -> list[tuple[str, str, float, floa
 
 
 def codec_name(precision: Precision) -> str:
-    """What the entries of a rate are stored as."""
+    """What the entries of a precision are stored as."""
     return {32: "as is", 16: "half"}.get(precision.bits, f"{precision.bits} bit")
 
 

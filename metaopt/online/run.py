@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt.data import Batch, Domain, Stream, batches
-from metaopt.errors import ConfigError, DataError
+from metaopt.errors import DataError, check_one_of
 from metaopt.evaluation import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
 from metaopt.online.adapter import OnlineAdapter
 from metaopt.online.decisions import Decisions
@@ -125,8 +125,7 @@ def run_stream(
         ConfigError: an unknown setting.
         DataError: the stream is empty, or the batch size is below 1.
     """
-    if setting not in SETTINGS:
-        raise ConfigError(f"setting is {setting!r}; allowed are {', '.join(SETTINGS)}: choose one")
+    check_one_of("setting", setting, SETTINGS)
     if not stream:
         raise DataError("the stream has 0 domains; at least one is needed: name data.corruptions")
     if batch_size < 1:
@@ -195,8 +194,8 @@ class _Run:
         self.steps += 1
         self.loss = output.loss
         self.monitor.scalar("online/entropy", _entropy(output.logits), self.steps)
-        if output.distance is not None:
-            self.monitor.scalar("online/shift_distance", output.distance, self.steps)
+        for name, signal in output.signals.items():
+            self.monitor.scalar(f"online/{name}", signal, self.steps)
         return output.logits
 
     def log(self, score: DomainScore, domain: str) -> None:

@@ -1,6 +1,6 @@
 """Which tensors of a source model a method adapts."""
 
-from metaopt.experts import expert_layout
+from metaopt.experts.adapter import expert_layout
 from metaopt.models import SourceModel
 from metaopt.parameters import ParameterLayout, adapted_layout, full_layout
 

@@ -1,122 +1,73 @@
 """The adaptation policy: the composition of parts that decides how a model changes itself, batch by batch.
 
-Every method is one instance of :class:`AdaptationPolicy`; what differs is which parts it holds:
-
-========= ============== ================= ======================= ======================= ==============
-method    adapts         statistics        objective               update rule             teacher
-========= ============== ================= ======================= ======================= ==============
-source    --             of the source     --                      --                      --
-bn        --             of the batch      --                      --                      --
-tent      norm           of the batch      entropy                 Adam                    --
-adam      norm           of the batch      any                     Adam                    --
-cotta     all            of the batch      teacher                 Adam                    mean + restore
-moase     experts + norm of the batch      teacher + proximal      Adam                    mean + restore
-mgtta     norm           of the batch      entropy + discrepancy   ``published`` generator --
-policy    norm, experts  of the batch      learned weights         learned generator       --
-========= ============== ================= ======================= ======================= ==============
+Every method is one :class:`AdaptationPolicy`: an objective, an update rule and a list of parts. ``configs/method/`` has
+a file for each, and `metaopt.registry` a row for each part. The step that runs them is `metaopt.policy.step`.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 
-from metaopt.activation_memory import ActivationMemory, Allocation
-from metaopt.experts import (
-    ExpertsConfig,
-    LearnedExperts,
-    TeacherConfig,
-    TeacherState,
-    init_teacher,
-    with_experts,
-)
+from metaopt import registry
+from metaopt.errors import CheckpointError, MetaoptError, check_one_of
+from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective
-from metaopt.parameters import ParameterLayout, own_values
-from metaopt.policy.adapts import layout_of
-from metaopt.policy.balance import ClassBalance
-from metaopt.policy.forward import evaluated, predicted
-from metaopt.policy.gate import Gate, LearnedGate, init_gate
-from metaopt.policy.initialization import LearnedInitialization
-from metaopt.policy.prior import Prior
-from metaopt.policy.restoration import SourceRestoration
-from metaopt.policy.shift import init_reference
-from metaopt.policy.state import PolicyState
-from metaopt.policy.step import adaptation_step
-from metaopt.types import ApplyUpdate, Parameters, SourceStatistics, StepOutput, UpdateRule
+from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
+from metaopt.parameters import ParameterLayout
+from metaopt.policy.adapts import ADAPTS, layout_of
+from metaopt.policy.part import Part
+from metaopt.policy.source_record import SourceRecord
+from metaopt.policy.state import State
+from metaopt.settings import build
+from metaopt.types import Parameters, UpdateRule
 
-if TYPE_CHECKING:
-    from metaopt.policy.checkpoint import SourceRecord
+FORMAT = "metaopt-policy"
+VERSION = 2
 
 
 class AdaptationPolicy(nn.Module):
-    """Objective, update rule, normalisation statistics, experts and teacher of one method.
+    """Objective, update rule and parts of one method.
 
     Args:
         method: name of the composition, for reports.
-        batch_statistics: whether BatchNorm layers normalise by the batch (else by the source's running statistics).
-        prior: for how many images the source's statistics count beside the batch's; None: for none.
         objective: label-free loss; None for a method that never updates.
-        rule: update rule; None for a method that never updates. A learned rule is an ``nn.Module`` and its tensors are
+        rule: update rule; None for a method that never updates. A learned rule is an ``nn.Module`` whose tensors are
             learned together with the objective's weights.
-        statistics: source statistics of the features, where the objective needs them.
-        seed: of the augmented views, where the objective compares two; with a step's number it tells its view.
-        pruning: chooses what is kept of each layer's activations, where a step is told to keep less than all.
+        parts: in the order in which they act where several do so at the same place; what one uses is added behind it.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
-        experts: mixtures that stand beside the network (:meth:`attach`), untrained; None: none, or the learned ones.
-        learned_experts: mixtures whose gates and first values are learned.
-        teacher: running mean of the adapted tensors, the pull of the experts towards it, and random restores; None: no
-            teacher.
-        predict_with: whose logits a step hands back, "student" or "teacher".
-        restoration: how much of the source comes back before each batch; None: nothing ever does.
-        gate: whether a batch is worth an update; None: every one is.
-        initialization: where the norm layers start; None: at the source's values.
-        balance: correction of the predictions by what a batch as a whole holds; None: they stay as they are.
+        seed: of augmented views.
     """
 
     def __init__(
         self,
         method: str,
-        *,
-        batch_statistics: bool = True,
-        prior: Prior | None = None,
         objective: WeightedObjective | None = None,
         rule: UpdateRule | None = None,
-        statistics: SourceStatistics | None = None,
-        seed: int = 0,
-        pruning: Allocation | None = None,
+        parts: Sequence[Part] = (),
         adapts: str = "norm",
-        experts: ExpertsConfig | None = None,
-        learned_experts: LearnedExperts | None = None,
-        teacher: TeacherConfig | None = None,
-        predict_with: str = "student",
-        restoration: SourceRestoration | None = None,
-        gate: Gate | None = None,
-        initialization: LearnedInitialization | None = None,
-        balance: ClassBalance | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
             raise ValueError("an objective needs an update rule, and an update rule an objective")
-        if teacher is None and (predict_with == "teacher" or (objective is not None and objective.needs_teacher)):
-            raise ValueError("who predicts with a teacher, or learns from one, needs its settings")
-        self.method = method
-        self.batch_statistics = batch_statistics
-        self.prior = prior
-        self.objective = objective
-        self.rule = rule
-        self.statistics = statistics
-        self.seed = seed
-        self.pruning = pruning
-        self.adapts = adapts
-        self.learned_experts = learned_experts
-        self.experts = experts if learned_experts is None else learned_experts.config.mixtures
-        self.teacher = teacher
-        self.predict_with = predict_with
-        self.restoration = restoration
-        self.gate = gate
-        self.initialization = initialization
-        self.balance = balance
+        self.method, self.adapts, self.seed = method, adapts, seed
+        self.objective, self.rule = objective, rule
+        named = {part.name: part for part in parts}
+        for part in parts:
+            for kind in part.uses:
+                named.setdefault(kind.name, kind())
+        if (
+            objective is not None
+            and "teacher" in objective.needs
+            and not any("teach" in p.acts for p in named.values())
+        ):
+            raise ValueError("an objective that learns from a teacher needs a part that is one")
+        self.parts = nn.ModuleDict(named)
         self.source: SourceRecord | None = None  # the model that it was meta-trained on, if it was
         self.training: dict[str, Any] = {}  # how it was meta-trained: primitives, for reports
 
@@ -126,14 +77,13 @@ class AdaptationPolicy(nn.Module):
         return self.rule is not None
 
     @property
-    def pulls(self) -> bool:
-        """Whether the loss pulls the experts towards an anchor."""
-        return self.experts is not None and self.teacher is not None and self.teacher.proximal > 0
+    def listed(self) -> list[Part]:
+        """The parts in order."""
+        return [cast(Part, part) for part in self.parts.values()]
 
-    @property
-    def watches(self) -> bool:
-        """Whether the distance of each batch from those before it is measured."""
-        return self.restoration is not None or isinstance(self.gate, LearnedGate)
+    def part(self, name: str) -> Any:
+        """The part of that name; None without it."""
+        return dict(self.parts.items()).get(name)
 
     @property
     def known_shifts(self) -> frozenset[str]:
@@ -142,14 +92,15 @@ class AdaptationPolicy(nn.Module):
         return frozenset([*self.training.get("shifts", ()), *config.get("selection_shifts", ())])
 
     def attach(self, model: SourceModel) -> SourceModel:
-        """The model that the method adapts: where it has experts, one that shares the network's tensors and has them.
+        """The model that the method adapts: a skeleton of its own, which shares every tensor with the one given.
 
         Raises:
             ModelError: the model has no place for experts.
         """
-        if self.learned_experts is not None:
-            return self.learned_experts.attach(model)
-        return model if self.experts is None else with_experts(model, self.experts, seed=self.seed)
+        model = model.skeleton()
+        for part in self.listed:
+            model = part.attach(model)
+        return model
 
     def layout(self, model: SourceModel) -> ParameterLayout:
         """The tensors that adapt, of a model that :meth:`attach` gave.
@@ -159,105 +110,129 @@ class AdaptationPolicy(nn.Module):
         """
         return layout_of(self.adapts, model)
 
-    def start(self, parameters: Parameters) -> Parameters:
-        """The adapted tensors before the first batch: the given ones, or where learned, other first values."""
-        initial = {} if self.learned_experts is None else self.learned_experts.initial()
-        started = {name: initial.get(name, tensor) for name, tensor in parameters.items()}
-        return started if self.initialization is None else self.initialization(started)
-
-    def initial(self, model: nn.Module, parameters: Parameters) -> Parameters:
-        """Values of the adapted tensors before the first batch, which adaptation never changes."""
-        return self.start(own_values(model, parameters))
-
-    def init(self, parameters: Parameters) -> PolicyState:
-        """State before the first batch."""
-        first = next(iter(parameters.values()))
-        return PolicyState(
-            gate=None if self.gate is None else init_gate(first.detach()),
-            shift=init_reference(first.shape[-1], first.detach()) if self.watches else None,
-            rule=None if self.rule is None else self.rule.init(parameters),
-            pruning=None if self.pruning is None else self.pruning.init(parameters),
-            teacher=None if self.teacher is None else init_teacher(parameters),
-        )
-
-    def evaluate(
-        self,
-        model: nn.Module,
-        parameters: Parameters,
-        images: Tensor,
-        step: int = 0,
-        teacher: TeacherState | None = None,
-    ) -> StepOutput:
-        """Predict and weigh the loss, without an update.
-
-        Args:
-            model: source model, called through ``torch.func.functional_call``.
-            parameters: adapted tensors that stand in for the model's own.
-            images: (B, 3, H, W) in [0, 1].
-            step: number of updates before this one, which augmented views of the images are drawn from.
-            teacher: state of the teacher, where the method has one; None: as before the first batch.
-        """
-        return evaluated(self, model, parameters, images, step, teacher)
-
-    def gates(self) -> Parameters:
-        """Learned gates, which stay as they are online."""
-        return {} if self.learned_experts is None else self.learned_experts.gates()
-
-    def predict(
-        self,
-        model: nn.Module,
-        parameters: Parameters,
-        images: Tensor,
-        step: int = 0,
-        teacher: TeacherState | None = None,
-    ) -> StepOutput:
-        """Predict alone, by one forward pass without a graph or a loss; arguments as of :meth:`evaluate`."""
-        return predicted(self, model, parameters, images, step, teacher)
-
-    def step(
-        self,
-        model: nn.Module,
-        parameters: Parameters,
-        state: PolicyState,
-        images: Tensor,
-        apply: ApplyUpdate | None,
-        step: int = 0,
-        memory: ActivationMemory | None = None,
-    ) -> tuple[Parameters, PolicyState, StepOutput]:
-        """The one adaptation step (:mod:`metaopt.policy.step`): predict on a batch, then update on it.
-
-        Meta-training unrolls it with a differentiable ``apply``; deployment runs it with an in-place one.
+    def prepare(self, model: nn.Module, images: Callable[[], Tensor], batch_size: int = 64) -> None:
+        """Let objective and parts take what they need of clean source images.
 
         Args:
             model: source model.
-            parameters: adapted tensors before this batch.
-            state: state before this batch.
-            images: (B, 3, H, W) in [0, 1].
-            apply: how a loss becomes new parameters; None only for a method that never updates.
-            step: as in :meth:`evaluate`.
-            memory: how activations are kept for backward; None: as torch keeps them.
-
-        Returns:
-            Parameters and state after this batch, and the predictions made *before* the update.
+            images: gives them, (n, 3, H, W) in [0, 1]; called only where something is needed that is not there yet.
+            batch_size: images at a time.
         """
-        return adaptation_step(self, model, parameters, state, images, apply, step, memory)
+        model = model.skeleton() if isinstance(model, SourceModel) else model
+        if self.objective is not None:
+            self.objective.prepare(model, images, batch_size)
+        for part in self.listed:
+            part.prepare(model, images, batch_size)
 
-    def to(self, *args: Any, **kwargs: Any) -> "AdaptationPolicy":
-        """Move the learned tensors and the source statistics."""
-        super().to(*args, **kwargs)
-        if self.statistics is not None:
-            self.statistics = self.statistics.to(*args, **kwargs)
-        return self
+    def start(self, parameters: Parameters) -> Parameters:
+        """The adapted tensors before the first batch: the given ones, or where learned, others."""
+        for part in self.listed:
+            parameters = part.start(parameters)
+        return parameters
 
-    def save(self, path: str | Path) -> None:
-        """Write the policy to ``path`` (see :mod:`metaopt.policy.checkpoint`)."""
-        from metaopt.policy.checkpoint import save_policy
+    def init(self, parameters: Parameters) -> State:
+        """State before the first batch."""
+        states = {part.name: part.init(parameters) for part in self.listed}
+        found: State = {name: state for name, state in states.items() if state is not None}
+        if self.rule is not None:
+            found["rule"] = self.rule.init(parameters)
+        return found
 
-        save_policy(self, path)
+    def to_dict(self) -> dict[str, Any]:
+        """All of a learned policy as primitives and tensors.
+
+        Raises:
+            CheckpointError: the policy has no learned generator, or is not tied to a source model.
+        """
+        if not isinstance(self.rule, GradientGenerator) or self.objective is None or self.source is None:
+            raise CheckpointError(
+                f"method {self.method!r} cannot be saved as a policy; allowed is a meta-trained one: train it first"
+            )
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": self.method,
+            "adapts": self.adapts,
+            "generator": asdict(self.rule.config),
+            "tensors": list(self.rule.tensors),
+            "objective": self.objective.to_dict(),
+            "parts": {part.name: part.to_dict() for part in self.listed},
+            "weights": {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()},
+            "source": self.source.to_dict(),
+            "training": dict(self.training),
+        }
 
     @classmethod
-    def load(cls, path: str | Path) -> "AdaptationPolicy":
-        """Read a policy from ``path`` (see :mod:`metaopt.policy.checkpoint`)."""
-        from metaopt.policy.checkpoint import load_policy
+    def from_dict(cls, values: Mapping[str, Any], path: str | Path = "policy") -> Self:
+        """Inverse of :meth:`to_dict`.
 
-        return load_policy(path)
+        Args:
+            values: what it gave.
+            path: where they are from, for messages.
+
+        Raises:
+            CheckpointError: another format or version, or a part is missing or does not fit.
+        """
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+            raise CheckpointError(
+                f"'{path}' is not a policy; allowed are files written by pretrain/meta_train.py: give one of those"
+            )
+        if values.get("version") != VERSION:
+            raise CheckpointError(
+                f"'{path}' has version {values.get('version')}; this release reads version {VERSION}: train the policy "
+                "again"
+            )
+        try:
+            return cls._built(values)
+        except (MetaoptError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"'{path}' is damaged ({reason}); train the policy again or restore the file"
+            ) from error
+
+    @classmethod
+    def _built(cls, values: Mapping[str, Any]) -> Self:
+        check_one_of("adapts", values["adapts"], ADAPTS)
+        policy = cls(
+            values["method"],
+            WeightedObjective.from_dict(values["objective"]),
+            GradientGenerator(build(GeneratorConfig, values["generator"], "generator"), values["tensors"]),
+            [registry.get("part", name).from_dict(part) for name, part in values["parts"].items()],
+            values["adapts"],
+        )
+        dtypes = {tensor.dtype for tensor in values["weights"].values()}
+        if len(dtypes) == 1:
+            policy.to(dtypes.pop())
+        policy.load_state_dict(values["weights"])
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in policy.state_dict().values()):
+            raise ValueError("a tensor holds NaN or infinity")
+        policy.source = SourceRecord.from_dict(values["source"])
+        policy.training = dict(values["training"])
+        return policy
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy atomically; what was at ``path`` stays until the new file is complete.
+
+        Raises:
+            CheckpointError: the policy cannot be saved (see :meth:`to_dict`).
+            OutputError: the file cannot be written.
+        """
+        atomic_save(self.to_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a policy; no code in the file is ever run.
+
+        Raises:
+            CheckpointError: the file is missing, unreadable, unsafe, foreign or damaged.
+        """
+        return cls.from_dict(safe_load(path, checksums=True), path)
+
+    def check_source(self, model: nn.Module) -> None:
+        """Refuse a model that the policy was not trained on. A method that was never trained fits any model.
+
+        Raises:
+            CheckpointError: another architecture, class count, normalisation or weights.
+        """
+        if self.source is not None and isinstance(model, SourceModel):
+            self.source.check(model)

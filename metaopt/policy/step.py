@@ -1,78 +1,274 @@
 """The one adaptation step, of every method, in meta-training and in deployment."""
 
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory
-from metaopt.activation_memory.engine import AfterStep
-from metaopt.parameters import detached
-from metaopt.policy.gate import stepped
-from metaopt.policy.response import opens, respond, sense
-from metaopt.policy.state import PolicyState
-from metaopt.policy.taught import settle
-from metaopt.types import ApplyUpdate, Parameters, StepOutput
+from metaopt.data.seeding import generator_for
+from metaopt.objectives.weighted import weighted_sum
+from metaopt.parameters import detached, own_values
+from metaopt.policy.part import Part
+from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.state import State
+from metaopt.types import ApplyUpdate, ForwardOutput, Parameters, StepOutput
 
-if TYPE_CHECKING:
-    from metaopt.policy.policy import AdaptationPolicy
+REFUSED = "refused"  # event: nothing to learn from
+
+
+@dataclass
+class StepContext:
+    """One batch on its way through the step: what the parts of a policy see, and what they change."""
+
+    policy: AdaptationPolicy
+    model: nn.Module  # called through torch.func.functional_call alone
+    parameters: Parameters  # adapted tensors
+    state: State  # of the rule and the parts
+    images: Tensor  # (B, 3, H, W) in [0, 1]
+    position: int = 0  # updates before this batch, which augmented views are drawn from
+    own_start: Parameters | None = None  # where adaptation starts, if it is known already
+    signals: dict[str, Tensor] = field(default_factory=dict)  # what was told of the batch, by name
+    tensors: Parameters = field(default_factory=dict)  # stand in for the model's own, beside the adapted ones
+    statistics: dict[str, Any] = field(default_factory=dict)  # how layers normalise: arguments of the source model
+    events: list[str] = field(default_factory=list)  # what parts did out of the ordinary
+    losses: list[Tensor] = field(default_factory=list)  # at each look that the rule took, detached scalars
+    refused: bool = False  # whether a part found nothing in the batch to learn from
+
+    def acting(self, act: str) -> list[Any]:
+        """The parts that take part in an act (`metaopt.policy.part.ACTS`), in the policy's order."""
+        return [part for part in self.policy.parts.values() if isinstance(part, Part) and act in part.acts]
+
+    @property
+    def start(self) -> Parameters:
+        """Where adaptation starts: the source's values, or learned ones; differentiable in what was learned."""
+        if self.own_start is None:
+            self.own_start = self.policy.start(own_values(self.model, self.parameters))
+        return self.own_start
+
+    def remember(self, name: str, state: Any) -> None:
+        """Another state of one part."""
+        self.state = {**self.state, name: state}
+
+    def begin_anew(self, event: str) -> None:
+        """Forget what rule and parts remember, as before the first batch, and report it."""
+        self.state = self.policy.init(self.parameters)
+        self.events.append(event)
+
+    def forward(
+        self, images: Tensor | None = None, parameters: Parameters | None = None, **wanted: Any
+    ) -> ForwardOutput:
+        """The model's output on the batch, or on other images, at the adapted tensors, or at others."""
+        tensors = self.tensors | (self.parameters if parameters is None else parameters)
+        return functional_call(
+            self.model, tensors, (self.images if images is None else images,), self.statistics | wanted
+        )
 
 
 def adaptation_step(
-    policy: "AdaptationPolicy",
+    policy: AdaptationPolicy,
     model: nn.Module,
     parameters: Parameters,
-    state: PolicyState,
+    state: State,
     images: Tensor,
     apply: ApplyUpdate | None,
-    step: int,
-    memory: ActivationMemory | None,
-) -> tuple[Parameters, PolicyState, StepOutput]:
-    """Sense a shift and restore the source; predict; and, where the gate opens, update.
+    position: int = 0,
+    memory: ActivationMemory | None = None,
+    start: Parameters | None = None,
+) -> tuple[Parameters, State, StepOutput]:
+    """Predict on a batch, then update on it.
 
-    Arguments and result are those of ``AdaptationPolicy.step``.
+    Meta-training unrolls it with a differentiable ``apply``; deployment runs it with an in-place one.
+
+    Args:
+        policy: the method.
+        model: the model that the method adapts (`AdaptationPolicy.attach`).
+        parameters: adapted tensors before this batch.
+        state: state before this batch.
+        images: (B, 3, H, W) in [0, 1].
+        apply: how a loss becomes new parameters; None only for a method that never updates.
+        position: number of updates before this one, which augmented views of the images are drawn from.
+        memory: how activations are kept for backward; None: as torch keeps them.
+        start: where adaptation starts, if it is known already.
+
+    Returns:
+        Parameters and state after this batch, and the predictions made *before* the update.
     """
-    if not policy.updates or apply is None:
-        return parameters, state, policy.evaluate(model, parameters, images, step, state.teacher)
-    sensed = sense(policy, model, parameters, state, images)
-    parameters, state = respond(policy, model, parameters, state, sensed)
-    if opens(policy, state, sensed):
-        parameters, state, output = _updated(policy, model, parameters, state, images, apply, step, memory)
+    context = StepContext(policy, model, parameters, state, images, position, start)
+    if apply is None:
+        return parameters, state, evaluate(context)
+    meet(context)
+    if should_update(context):
+        output = update(context, apply, memory)
     else:
-        parameters, output = detached(parameters), policy.predict(model, parameters, images, step, state.teacher)
-    if policy.gate is not None:
-        state = replace(state, gate=stepped(state.gate, output.logits, output.updated))
-    return parameters, state, replace(output, distance=None if sensed is None else sensed.distance)
+        context.parameters = detached(context.parameters)
+        output = predict(context)
+    for part in context.acting("judge"):
+        part.judge(context, output)
+    told = {name: signal for name, signal in context.signals.items() if signal.ndim == 0}
+    output = replace(output, signals=told, events=tuple(context.events))
+    return context.parameters, context.state, output
 
 
-def _updated(
-    policy: "AdaptationPolicy",
+def meet(context: StepContext, signals: dict[str, Tensor] | None = None) -> None:
+    """What happens before the model runs: see what the batch is like, and bring back some of the start.
+
+    Args:
+        context: of the batch; parameters and state change.
+        signals: what is known of it already, so that nobody looks again.
+    """
+    if signals is None:
+        for part in context.acting("observe"):
+            part.observe(context)
+    else:
+        context.signals = signals
+    for part in context.acting("restore"):
+        part.restore(context)
+
+
+def decision(context: StepContext) -> Tensor | None:
+    """z, above 0 where the batch is worth an update; None where nobody decides, and every batch is."""
+    for part in context.acting("decide"):
+        return part.decide(context)
+    return None
+
+
+def should_update(context: StepContext) -> bool:
+    """Whether the batch is updated on."""
+    with torch.no_grad():
+        z = decision(context)
+    return z is None or z.item() > 0
+
+
+def update(context: StepContext, apply: ApplyUpdate, memory: ActivationMemory | None) -> StepOutput:
+    """Predict and update; what the rule refuses leaves everything as it was."""
+
+    def loss_on(images: Tensor) -> Tensor:
+        return loss_of(evaluate(replace(context, images=images, signals={})))
+
+    before, here, pruning = context.state, context.parameters, context.state.get("pruning")
+    kept = nullcontext() if memory is None else memory.step(context.model, loss_on, here, pruning, context.images)
+    with kept as recorded:
+        output, rule_state = evaluate(context), before["rule"]
+
+        def loss_at(parameters: Parameters) -> Tensor:
+            loss = loss_of(output if parameters is here else evaluate(replace(context, parameters=parameters)))
+            context.losses.append(loss.detach())
+            return loss
+
+        if context.refused:
+            context.events.append(REFUSED)
+        else:
+            context.parameters, rule_state = apply(loss_at, here, before["rule"])
+    if rule_state is before["rule"] and rule_state is not None:  # refused, by a part or by the guard of the rule
+        context.parameters, context.state = detached(context.parameters), before
+        return output
+    context.remember("rule", rule_state)
+    if recorded is not None and pruning is not None:
+        context.remember("pruning", recorded.state)
+    settle(context)
+    return output
+
+
+def settle(context: StepContext) -> None:
+    """What follows an update."""
+    for part in context.acting("settle"):
+        part.settle(context)
+
+
+def evaluate(context: StepContext) -> StepOutput:
+    """Predict and weigh the loss, with a graph where the parameters have one."""
+    objective = context.policy.objective
+    for part in context.acting("condition"):
+        part.condition(context)
+    needs = frozenset[str]() if objective is None else objective.needs
+    taught = teach(context) if "teacher" in needs else None
+    output = context.forward(features="features" in needs)
+    if "view" in needs:
+        output = output._replace(view_logits=context.forward(augmented(context)).logits)
+    logits = answer(context, output.logits)
+    if objective is None:
+        return StepOutput(logits)
+    terms = objective.values(output._replace(teacher_logits=taught), weigh(context, output.logits))
+    weights = objective.weights()
+    loss = weighted_sum(terms, weights)
+    for part in context.acting("terms"):
+        for name, (weight, value) in part.terms(context, output).items():
+            terms[name], weights[name] = value, loss.new_tensor(weight)
+            loss = loss + weight * value
+    return StepOutput(logits, loss, terms, weights)
+
+
+def weigh(context: StepContext, logits: Tensor) -> Tensor | None:
+    """How much each sample counts in the loss, (B,), constant; None where all count alike."""
+    weights = None
+    for part in context.acting("weigh"):
+        with torch.no_grad():
+            own = part.weigh(context, logits.detach())
+        weights = own if weights is None else weights * own
+    return weights
+
+
+def evaluate_on(
+    policy: AdaptationPolicy,
     model: nn.Module,
     parameters: Parameters,
-    state: PolicyState,
     images: Tensor,
-    apply: ApplyUpdate,
-    step: int,
-    memory: ActivationMemory | None,
-) -> tuple[Parameters, PolicyState, StepOutput]:
-    """Predict and update."""
-
-    def loss_of(some: Tensor) -> Tensor:
-        return _loss(policy.evaluate(model, parameters, some, step, state.teacher))
-
-    plain = nullcontext(AfterStep(state.pruning))
-    with plain if memory is None else memory.step(model, loss_of, parameters, state.pruning, images) as kept:
-        output = policy.evaluate(model, parameters, images, step, state.teacher)
-        updated, rule_state = apply(_loss(output), parameters, state.rule)
-    refused = rule_state is state.rule and rule_state is not None
-    if not refused:  # else nothing is to be learned from the batch
-        updated, teacher = settle(policy, model, updated, state.teacher)
-        state = replace(state, rule=rule_state, pruning=kept.state, teacher=teacher)
-    return updated, state, output
+    state: State | None = None,
+    position: int = 0,
+) -> StepOutput:
+    """Predict and weigh the loss without a step, in a fresh state by default; arguments of :func:`adaptation_step`."""
+    state = policy.init(parameters) if state is None else state
+    return evaluate(StepContext(policy, model, parameters, state, images, position))
 
 
-def _loss(output: StepOutput) -> Tensor:
+def augmented(context: StepContext) -> Tensor:
+    """Another view of the batch's images, the same whenever it is asked for."""
+    return augmented_by(context.images, generator_for("view", context.policy.seed, context.position))
+
+
+def augmented_by(images: Tensor, randomness: torch.Generator) -> Tensor:
+    """A view of images, drawn from a generator; loads torchvision."""
+    from metaopt.objectives.views import augmented_view
+
+    return augmented_view(images, randomness)
+
+
+def predict(context: StepContext) -> StepOutput:
+    """Predict alone, by one forward pass without a graph or a loss."""
+    with torch.no_grad():
+        for part in context.acting("condition"):
+            part.condition(context)
+        return StepOutput(answer(context, None), updated=False)
+
+
+def teach(context: StepContext) -> Tensor | None:
+    """The teacher's logits, (B, C); None without one."""
+    for part in context.acting("teach"):
+        return part.teach(context)
+    return None
+
+
+def answer(context: StepContext, logits: Tensor | None) -> Tensor:
+    """The prediction, (B, C): of a part that predicts in the model's place, else the model's, corrected by others.
+
+    Args:
+        context: of the batch.
+        logits: of the model; None where it has not run.
+    """
+    for part in context.acting("predict"):
+        predicted = part.predict(context)
+        logits = logits if predicted is None else predicted
+    answered = context.forward().logits if logits is None else logits
+    for part in context.acting("answer"):
+        answered = part.answer(context, answered)
+    return answered
+
+
+def loss_of(output: StepOutput) -> Tensor:
     """The loss of a method that updates, which has one."""
     assert output.loss is not None
     return output.loss

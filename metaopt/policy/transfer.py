@@ -7,65 +7,50 @@ size 1, which is the published rule's.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy
 import torch
 from torch import Tensor
 
 from metaopt.errors import CheckpointError
-from metaopt.generator import GradientGenerator
-from metaopt.models import SourceModel, prior_layers
-from metaopt.parameters import AdaptedTensor
-from metaopt.policy.checkpoint import SourceRecord
+from metaopt.models import SourceModel
+from metaopt.optimizers.mgg import GradientGenerator
+from metaopt.parameters import AdaptedTensor, adapted_layout
 from metaopt.policy.policy import AdaptationPolicy
-from metaopt.policy.prior import LearnedPrior
-from metaopt.types import SourceStatistics
+from metaopt.policy.source_record import SourceRecord
 
 
-def transferred(
-    policy: AdaptationPolicy, model: SourceModel, statistics: Callable[[], SourceStatistics]
-) -> tuple[AdaptationPolicy, list[str]]:
+def transferred(policy: AdaptationPolicy, model: SourceModel) -> tuple[AdaptationPolicy, list[str]]:
     """The policy for another model, and a line on each part: what came along, and what starts anew.
+
+    What objective and parts take of clean images (`AdaptationPolicy.prepare`) they have to take of this model's anew.
 
     Args:
         policy: meta-trained on some model; it is not changed.
         model: the one to adapt.
-        statistics: gives that model's source statistics; called only where the policy's objective needs them.
 
     Raises:
         CheckpointError: the policy has no learned generator.
     """
-    if not isinstance(policy.rule, GradientGenerator) or policy.source is None:
+    if not isinstance(policy.rule, GradientGenerator) or policy.objective is None or policy.source is None:
         raise CheckpointError(
             f"method {policy.method!r} has no learned generator to transfer; allowed is a meta-trained policy: give "
             "one of pretrain/meta_train.py"
         )
-    record = SourceRecord.of(model)
-    found = copy.deepcopy(policy)
-    found.rule, notes = _generator(policy.rule, policy.source.layout.tensors, record.layout.tensors)
-    found.source = record
-    if found.objective is not None and found.objective.needs_features:
-        found.statistics = statistics()
-        notes.append("source statistics: those of this model")
-    parts = {"objective weights": policy.objective, "restoration": policy.restoration, "update gate": policy.gate}
-    notes += [f"{name}: as learned" for name, part in parts.items() if part is not None]
-    if policy.balance is not None:
-        notes.append("class balance: the same")
-    if isinstance(policy.prior, LearnedPrior):
-        layers = prior_layers(model.module)
-        found.prior = policy.prior.on(layers) if layers else None
-        notes.append(f"source prior: {len(layers)} BatchNorm layers by depth")
-    if policy.initialization is not None:
-        found.initialization = None
-        notes.append(
-            "initialization: left out, it belongs to the other model's tensors; they start at the source's values"
-        )
-    if policy.learned_experts is not None:
-        found.learned_experts, found.experts, found.adapts = None, None, "norm"
-        notes.append("experts: left out, they belong to the other model's blocks")
-    if policy.pruning is not None:
-        notes.append("rates of what is kept: as learned, on this model's own layers")
+    before = copy.deepcopy(policy)
+    assert isinstance(before.rule, GradientGenerator) and before.objective is not None
+    rule, notes = _generator(before.rule, policy.source.layout.tensors, adapted_layout(model).tensors)
+    for term in before.objective.named_terms.values():
+        term.load_dict({})
+    notes.append("objective weights: as learned")
+    parts = []
+    for part in before.listed:
+        found, words = part.transferred(model)
+        parts += [] if found is None else [found]
+        notes.append(f"{part.name}: {words}")
+    found = AdaptationPolicy(policy.method, before.objective, rule, parts)
+    found.source, found.training = SourceRecord.of(model), dict(policy.training)
     return found, notes
 
 

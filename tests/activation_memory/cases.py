@@ -119,7 +119,7 @@ OPERATORS = (
     Operator("sigmoid", lambda x: torch.sigmoid(x), (TOKENS,)),
     Operator("conv2d", lambda x, w: F.conv2d(x, w, padding=1), (MAPS, (4, 4, 3, 3))),
     Operator("linear", lambda x, w, b: F.linear(x, w, b), (TOKENS, (8, 8), (8,))),
-    Operator("gate", lambda x, g: x * g.sigmoid(), (MAPS, (2, 4, 1, 1))),
+    Operator("update_gate", lambda x, g: x * g.sigmoid(), (MAPS, (2, 4, 1, 1))),
     Operator("max_pool2d", lambda x: F.max_pool2d(x, 3, 2, 1), (MAPS,)),
     Operator("avg_pool2d", lambda x: F.avg_pool2d(x, 2), (MAPS,)),
     Operator("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, 2), (MAPS,)),

@@ -12,8 +12,7 @@ from torch.utils import _pytree as pytree
 from metaopt.activation_memory import ALLOCATIONS, Allocation, AllocationState, Precision
 from metaopt.activation_memory.layer_table import Layer, LayerTable
 from metaopt.errors import BudgetError, ConfigError
-from metaopt.policy import PolicyState
-from metaopt.policy.state import state_from_list, state_to_list
+from metaopt.policy.state import state_from_dict, state_to_dict
 
 NUMELS = (4096, 4096, 1024, 65536, 2048, 512)
 NAMES = tuple(f"block{index}.norm" for index in range(len(NUMELS)))
@@ -106,8 +105,8 @@ def test_its_state_goes_to_a_file_and_back(allocation: Allocation) -> None:
     state = allocation.observe(GRADIENTS, allocation.observe(2 * GRADIENTS, allocation.init(PARAMETERS)))
     leaves = pytree.tree_leaves(state)
     assert all(isinstance(leaf, Tensor) for leaf in leaves)
-    fresh = PolicyState(pruning=allocation.init(PARAMETERS))
-    back = state_from_list(state_to_list(PolicyState(pruning=state)), fresh).pruning
+    fresh = {"pruning": allocation.init(PARAMETERS)}
+    back = state_from_dict(state_to_dict({"pruning": state}), fresh)["pruning"]
     assert isinstance(back, AllocationState)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(state, back, strict=True))
     assert int(back.steps) == 2

@@ -1,4 +1,4 @@
-"""What every registered update rule promises. Registering a rule in ``UPDATE_RULES`` enrols it here."""
+"""What every update rule promises, by hand or learned. A row of ``metaopt.registry.RULES`` enrols a rule here."""
 
 import itertools
 from typing import Any
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metaopt.generator import UPDATE_RULES
-from metaopt.policy import PolicyState
-from metaopt.policy.state import state_from_list, state_to_list
+from metaopt import registry
+from metaopt.optimizers.mgg import VARIANTS, GeneratorConfig, GradientGenerator
+from metaopt.policy.state import state_from_dict, state_to_dict
 from metaopt.types import Parameters, UpdateRule
 
 SHAPES = {"a": (3,), "b": (2, 2), "c": (), "d": (1,)}
 DTYPES = [torch.float64, torch.float32]
 
 
-@pytest.fixture(params=UPDATE_RULES)
+@pytest.fixture(params=[*registry.RULES, *VARIANTS])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -25,7 +25,11 @@ def name(request: pytest.FixtureRequest) -> str:
 def build(name: str, dtype: torch.dtype = torch.float64) -> UpdateRule:
     """The rule with its learned tensors moved off their special start, so that each takes part."""
     torch.manual_seed(0)
-    rule = UPDATE_RULES[name](lr=0.01)
+    rule: UpdateRule
+    if name in VARIANTS:
+        rule = GradientGenerator(GeneratorConfig(name, lr=0.01))
+    else:
+        rule = registry.get("update rule", name)(lr=0.01)
     if isinstance(rule, nn.Module):
         rule.to(dtype)
         with torch.no_grad():
@@ -163,9 +167,9 @@ def test_a_saved_state_goes_on_bit_for_bit(name: str, tmp_path: Any) -> None:
     with torch.no_grad():
         straight, last = run(rule, given)
         _, state = run(rule, given[:4])
-        torch.save(state_to_list(PolicyState(state)), tmp_path / "state.pt")
+        torch.save(state_to_dict({"rule": state}), tmp_path / "state.pt")
         tensors = torch.load(tmp_path / "state.pt", weights_only=True)
-        loaded = state_from_list(tensors, PolicyState(rule.init(given[0]))).rule
+        loaded = state_from_dict(tensors, {"rule": rule.init(given[0])})["rule"]
         resumed, resumed_last = run(rule, given[4:], loaded)
     assert_equal(straight[4:], resumed)
     assert_equal(last, resumed_last)
@@ -173,12 +177,12 @@ def test_a_saved_state_goes_on_bit_for_bit(name: str, tmp_path: Any) -> None:
 
 def test_a_foreign_state_is_refused(name: str) -> None:
     rule, given = build(name), gradients(1)
-    saved = state_to_list(PolicyState(rule.init(given[0])))
+    saved = state_to_dict({"rule": rule.init(given[0])})
     smaller = rule.init({"a": torch.zeros(2, dtype=torch.float64)})
     with pytest.raises(ValueError, match="another rule or another model"):
-        state_from_list(saved, PolicyState(smaller))
+        state_from_dict(saved, {"rule": smaller})
     with pytest.raises(ValueError, match="another rule or another model"):
-        state_from_list(saved[:-1], PolicyState(rule.init(given[0])))
+        state_from_dict({"rule": saved["rule"][:-1]}, {"rule": rule.init(given[0])})
 
 
 def test_it_is_differentiable_in_gradients_state_and_learned_tensors(name: str) -> None:

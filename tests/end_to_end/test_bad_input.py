@@ -236,7 +236,11 @@ CASES = {
     "setting unknown": Case("meta_train", ["meta.epoch=3", "out=run"], "did you mean meta.epochs?"),
     "setting added": Case("online", [*ONLINE, "+batch_siz=3"], "did you mean batch_size?"),
     "setting of a part": Case("meta_train", [*TINY_META, "meta.loss=none", "out=run"], "allowed are clean_teacher"),
-    "strength of one value": Case("meta_train", [*TINY_META, "meta.strength=[1]", "out=run"], "it takes two values"),
+    "strength of one value": Case(
+        "meta_train",
+        [*TINY_META, "meta.strength=[1]", "out=run"],
+        "meta.strength=[1] is not allowed; it takes 2 values",
+    ),
     "shift unknown": Case("meta_train", [*TINY_META, "meta.shifts=[satturate]", "out=run"], "did you mean 'saturate'"),
     "device unknown": Case("online", [*ONLINE, "method=bn", "device=gpu"], "device=gpu cannot be used"),
     "source classes": Case("online", ["method=bn", "model.num_classes=7", "out=run"], "does not go with the digits"),

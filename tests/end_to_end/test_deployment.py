@@ -11,6 +11,7 @@ import torch
 
 from metaopt.data import load_digits
 from metaopt.evaluation import read_scalars
+from metaopt.online.benchmark import Results
 
 from .commands import TINY_STREAM, command, write_model
 
@@ -134,7 +135,7 @@ def test_a_policy_runs_on_another_model_where_it_is_told_to(
     assert summary_of(workspace / "out")["updates"] == 6
     assert benchmark(["methods=[policy]", "policy_path=[ckpt.pt]", *arguments[2:], "transfer=generator"]) == 0
     assert online([*arguments, "transfer=weights"]) == 2
-    assert "transfer=weights is unknown; allowed are generator" in capsys.readouterr().err
+    assert "transfer is 'weights'; allowed are generator" in capsys.readouterr().err
 
 
 def test_own_images_without_labels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,17 +197,15 @@ def test_rates_can_be_chosen_on_training_images(workspace: Path) -> None:
 
 
 def test_a_stopped_benchmark_keeps_its_rows(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metaopt.configs import arms
+    add, calls = Results.add, 0
 
-    add, calls = arms.Results.add, 0
-
-    def interrupted(self: arms.Results, *arguments: Any) -> None:
+    def interrupted(self: Results, *arguments: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
         add(self, *arguments)
 
-    monkeypatch.setattr(arms.Results, "add", interrupted)
+    monkeypatch.setattr(Results, "add", interrupted)
     assert benchmark(["methods=[bn,tent]", *TINY_STREAM, "out=out"]) == 130
     assert {row["method"] for row in table(workspace / "out/benchmark.csv")} == {"bn"}

@@ -48,7 +48,7 @@ def test_the_command_ends_with_a_table(
         ("bits=[9]", "bits=9; allowed are"),
         ("method=bn", "method=bn is not one whose step can be measured"),
         ("budgets=[0.001]", "budget"),
-        ("repeats=0", "repeats=0 is out of range"),
+        ("repeats=0", "repeats is 0; allowed"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

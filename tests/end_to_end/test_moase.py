@@ -17,7 +17,7 @@ online = command("adapt/online.py")
 benchmark = command("adapt/benchmark.py")
 
 # Wide experts, so that ASG's small changes of a share move a whole activation; a view, so that there is a gradient.
-MOASE = ["method=moase", "method.lr=0.01", "method.experts.bottleneck=64", "method.teacher.views=1"]
+MOASE = ["method=moase", "method.lr=0.01", "method.parts.experts.bottleneck=64", "method.parts.teacher.views=1"]
 
 
 def confidences(out: str, *argv: str) -> list[str]:
@@ -31,7 +31,7 @@ def confidences(out: str, *argv: str) -> list[str]:
 def test_the_method_runs_and_tells_what_it_costs(
     method: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    views = ["method.teacher.views=1"]
+    views = ["method.parts.teacher.views=1"]
     assert online([*TINY_STREAM, f"method={method}", *views, "memory=exact", "out=run"]) == 0
     summary = json.loads((workspace / "run/summary.json").read_text())
     assert (summary["method"], summary["images"], summary["updates"]) == (method, 40, 6)
@@ -40,7 +40,7 @@ def test_the_method_runs_and_tells_what_it_costs(
 
 
 def test_the_benchmark_takes_them_as_arms(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = [*TINY_STREAM, "data.corruptions=[fog]", "method.cotta.teacher.views=0", "out=bench"]
+    few = [*TINY_STREAM, "data.corruptions=[fog]", "method.cotta.parts.teacher.views=0", "out=bench"]
     assert benchmark([*few, "methods=[bn,moase,cotta]"]) == 0
     rows = list(csv.DictReader((workspace / "bench/benchmark.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == ["bn", "moase", "cotta"]
@@ -49,18 +49,26 @@ def test_the_benchmark_takes_them_as_arms(workspace: Path, capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_each_ablation_changes_what_is_predicted(workspace: Path) -> None:
-    parts = ["experts.sdd=false", "experts.dag=false", "experts.asg=false", "teacher.proximal=0", "teacher.restore=0"]
-    sizes = [f"experts.experts={count}" for count in (2, 4, 8, 16)]
+    settings = [
+        "experts.sdd=false",
+        "experts.dag=false",
+        "experts.asg=false",
+        "teacher.proximal=0",
+        "teacher.restore=0",
+    ]
+    parts = [f"parts.{setting}" for setting in settings]
+    sizes = [f"parts.experts.experts={count}" for count in (2, 4, 8, 16)]
     adapts = [f"adapts={kind}" for kind in ("all", "experts", "norm")]
     runs = {part: confidences(part, *MOASE, f"method.{part}") for part in [*parts, *sizes, *adapts]}
-    assert runs["experts.experts=4"] == confidences("whole", *MOASE)
+    assert runs["parts.experts.experts=4"] == confidences("whole", *MOASE)
     assert len({tuple(run) for run in runs.values()}) == len(runs)
     assert runs["adapts=norm"][:8] == runs["adapts=experts"][:8]  # the first batch is before any update
 
 
 @pytest.mark.slow
 def test_experts_are_meta_trained_and_deployed_by_their_checkpoint_alone(workspace: Path) -> None:
-    small = ["recipe=experts", "experts.experts=2", "experts.bottleneck=4", "experts.gates=frozen", "out=trained"]
+    small = ["recipe=experts", "parts.experts.experts=2", "parts.experts.bottleneck=4"]
+    small += ["parts.experts.gates=frozen", "out=trained"]
     assert meta_train([*TINY_META, *small]) == 0
     assert online([*TINY_STREAM, "--policy", "ckpt.pt", "memory=exact", "out=deployed"]) == 0
     summary = json.loads((workspace / "deployed/summary.json").read_text())

@@ -1,9 +1,13 @@
-"""The experts' and the teacher's settings check themselves."""
+"""The experts' settings check themselves."""
+
+import json
+from dataclasses import asdict
 
 import pytest
 
 from metaopt.errors import ConfigError
-from metaopt.experts import ExpertsConfig, TeacherConfig
+from metaopt.experts import ExpertsConfig
+from metaopt.settings import build
 
 
 @pytest.mark.parametrize(
@@ -32,21 +36,6 @@ def test_experts_settings_out_of_range(settings: dict, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"momentum": 1.5}, r"teacher\.momentum is 1\.5; allowed are values in \[0, 1\]"),
-        ({"restore": -0.1}, r"teacher\.restore is -0\.1; allowed"),
-        ({"proximal": float("nan")}, r"teacher\.proximal is nan; allowed are finite weights"),
-        ({"anchor": "source"}, r"teacher\.anchor is 'source'; allowed are teacher, initial"),
-        ({"group": "site"}, r"teacher\.group is 'site'; allowed are tensor, expert"),
-    ],
-)
-def test_teacher_settings_out_of_range(settings: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        TeacherConfig(**settings)
-
-
 def test_base_shares_follow_the_published_rule() -> None:
     assert ExpertsConfig().base_shares == (0.25, 0.5, 0.25, 0.5)  # the released code's list
     assert ExpertsConfig(experts=2).base_shares == (0.5, 0.5)
@@ -64,8 +53,7 @@ def test_bases_repeat_over_each_kind_of_expert() -> None:
 
 def test_settings_survive_a_checkpoint() -> None:
     config = ExpertsConfig(experts=8, bases=(0.25, 0.5), top_k=2, dag=False)
-    assert ExpertsConfig.from_dict(config.to_dict()) == config
-    teacher = TeacherConfig(squared=True, anchor="initial")
-    assert TeacherConfig.from_dict(teacher.to_dict()) == teacher
-    with pytest.raises(ConfigError, match=r"experts\.expert is unknown; allowed are activation"):
-        ExpertsConfig.from_dict({"expert": 4})
+    assert build(ExpertsConfig, asdict(config), "experts") == config
+    assert build(ExpertsConfig, json.loads(json.dumps(asdict(config))), "experts") == config  # where bases are a list
+    with pytest.raises(ConfigError, match=r"experts\.expert is an unknown setting; allowed are experts, top_k"):
+        build(ExpertsConfig, {"expert": 4}, "experts")

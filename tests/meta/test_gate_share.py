@@ -1,37 +1,46 @@
 """The share of batches that a learned gate opens at: what it sees, what it decides, and the bias that gives it."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 
-from metaopt.inner_loop import deployed
 from metaopt.meta import MetaTrainer
+from metaopt.meta.evaluate import deployed
 from metaopt.meta.gate_share import Signals, as_in_a_stream, asked_share, gate_signals, set_share, share_opened
 from metaopt.meta.loss import CleanTeacher
-from metaopt.policy.gate import LearnedGate
+from metaopt.policy.method import DEFAULT_PARTS
+from metaopt.policy.parts.update_gate import UpdateGate
 
 from ..tiny import random_images, tiny_config, tiny_model
 
 IMAGES = random_images(32, 3)
+GATED = {**DEFAULT_PARTS, "update_gate": {"share": 0.4}}
 
 
-def trainer_with(**changes: Any) -> MetaTrainer:
-    values = {"update_rate": 0.4, "steps": 5, "selection_tasks": 3, "epochs": 1, "carry": 0.0, **changes}
-    trainer = MetaTrainer(tiny_model(), IMAGES, None, tiny_config(**values))
-    gate = trainer.policy.gate
-    if isinstance(gate, LearnedGate):
+def trainer_with(parts: Mapping[str, Any] = GATED, **changes: Any) -> MetaTrainer:
+    values = {"steps": 5, "selection_tasks": 3, "epochs": 1, "continued": 0.0, **changes}
+    trainer = MetaTrainer(tiny_model(), IMAGES, None, tiny_config(parts=parts, **values))
+    gate = trainer.policy.part("update_gate")
+    if gate is not None:
         gate.weights.data = torch.tensor([0.3, -0.9, 0.8, 0.0])
     return trainer
 
 
-def gate_of(trainer: MetaTrainer) -> LearnedGate:
-    assert isinstance(trainer.policy.gate, LearnedGate)
-    return trainer.policy.gate
+def gate_of(trainer: MetaTrainer) -> UpdateGate:
+    gate = trainer.policy.part("update_gate")
+    assert isinstance(gate, UpdateGate) and gate.learned
+    return gate
 
 
 def signals_of(trainer: MetaTrainer) -> list[Signals]:
     return gate_signals(trainer.policy, trainer.model, trainer.parameters, trainer.selection)
+
+
+def within_share(trainer: MetaTrainer) -> AbstractContextManager[None]:
+    return asked_share(trainer.policy, trainer.model, trainer.parameters, trainer.selection, trainer.config.gate_share)
 
 
 def test_batches_of_few_images_count_as_far_apart_as_those_of_a_stream() -> None:
@@ -44,7 +53,7 @@ def test_batches_of_few_images_count_as_far_apart_as_those_of_a_stream() -> None
 
 @pytest.mark.parametrize("bias", [-0.5, 0.3, 1.5])
 def test_replayed_decisions_are_those_of_deployment(bias: float) -> None:
-    trainer = trainer_with(restoration=None)  # a restoration might begin a task anew
+    trainer = trainer_with({**GATED, "restoration": False})  # a restoration might begin a task anew
     gate = gate_of(trainer)
     gate.bias.data.fill_(bias)
     signals = signals_of(trainer)
@@ -55,10 +64,8 @@ def test_replayed_decisions_are_those_of_deployment(bias: float) -> None:
             state = trainer.policy.init(trainer.parameters)
         run = deployed(trainer.policy, trainer.model, trainer.parameters, state, task, CleanTeacher())
         updates += run.updates
-    # Deployment's last batch of a task is only predicted on, so that the gate never opens there.
-    replayed = [signals[start + place] for start in (0, 6, 12) for place in range(5)]
-    assert updates == round(share_opened(gate, replayed) * len(replayed))
-    assert 0 < updates < len(replayed) or bias != 0.3
+    assert updates == round(share_opened(gate, signals) * len(signals))
+    assert 0 < updates < len(signals) or bias != 0.3
 
 
 def test_the_bias_gives_the_largest_share_that_is_allowed() -> None:
@@ -82,21 +89,20 @@ def test_training_keeps_its_own_bias_and_what_is_kept_has_the_share() -> None:
     trainer = trainer_with()
     gate = gate_of(trainer)
     gate.bias.data.fill_(5.0)
-    with asked_share(trainer):
+    with within_share(trainer):
         assert 0.2 < share_opened(gate, as_in_a_stream(signals_of(trainer))) <= 0.4
     assert float(gate.bias.detach()) == 5.0
     trainer.run()
     policy = trainer.best_policy()
-    assert isinstance(policy.gate, LearnedGate)
     signals = gate_signals(policy, trainer.model, trainer.parameters, trainer.selection)
-    assert 0.2 < share_opened(policy.gate, as_in_a_stream(signals)) <= 0.4
+    assert 0.2 < share_opened(policy.part("update_gate"), as_in_a_stream(signals)) <= 0.4
 
 
 def test_a_frozen_gate_and_a_policy_without_one_are_left_alone() -> None:
-    frozen = trainer_with(frozen=("gate",))
+    frozen = trainer_with(frozen=("update_gate",))
     gate_of(frozen).bias.data.fill_(5.0)
-    with asked_share(frozen):
+    with within_share(frozen):
         assert float(gate_of(frozen).bias.detach()) == 5.0
-    without = trainer_with(update_rate=None)
-    with asked_share(without):
-        assert without.policy.gate is None
+    without = trainer_with(DEFAULT_PARTS)
+    with within_share(without):
+        assert without.policy.part("update_gate") is None

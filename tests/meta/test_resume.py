@@ -11,8 +11,8 @@ from torch import Tensor
 
 from metaopt.errors import CheckpointError
 from metaopt.files import atomic_save, safe_load
-from metaopt.generator import GeneratorConfig
 from metaopt.meta import MetaTrainer
+from metaopt.optimizers.mgg import GeneratorConfig
 
 from ..tiny import random_images, tiny_config, tiny_model
 
@@ -49,11 +49,11 @@ def unbroken() -> tuple[dict[str, Any], dict[str, Tensor]]:
 def test_stopped_and_resumed_is_unbroken(unbroken: Any, tmp_path: Path) -> None:
     first = new_trainer()
     first.run(stop_after=3)
-    assert first.counters.epoch == 3
+    assert first.progress.epoch == 3
     second = new_trainer()
     second.load_state_dict(through_file(first.state_dict(), tmp_path))
     policy = second.run()
-    assert second.counters.epoch == 6
+    assert second.progress.epoch == 6
     assert bit_equal(second.state_dict(), unbroken[0])
     assert bit_equal(dict(policy.state_dict()), dict(unbroken[1]))
 
@@ -75,7 +75,7 @@ def test_resumed_from_the_middle_of_an_epoch(at: int, unbroken: Any, tmp_path: P
     assert len(snapshots) == 12
     second = new_trainer()
     second.load_state_dict(through_file(snapshots[at - 1], tmp_path))
-    assert second.counters.updates == at
+    assert second.progress.updates == at
     second.run()
     assert bit_equal(second.state_dict(), unbroken[0])
 
@@ -140,16 +140,16 @@ def put(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
 
 
 DAMAGE: list[Callable[[dict[str, Any]], None]] = [
-    *(drop(key) for key in ("config", "source", "shifts", "weights", "optimizer", "randomness", "counters", "best")),
-    *(put(None, key) for key in ("config", "weights", "optimizer", "randomness", "counters", "best")),
+    *(drop(key) for key in ("config", "source", "shifts", "weights", "optimizer", "randomness", "progress", "best")),
+    *(put(None, key) for key in ("config", "weights", "optimizer", "randomness", "progress", "best")),
     drop("weights", "rule.log_step_sizes"),
     drop("best", "rule.log_step_sizes"),
     put(torch.zeros(3), "weights", "rule.log_step_sizes"),
     put(torch.zeros(3), "best", "rule.memory.key"),
     put([], "optimizer", "param_groups"),
     put(torch.zeros(5, dtype=torch.uint8), "randomness"),
-    put(3, "counters", "speed"),
-    put(None, "counters", "selection"),
+    put(3, "progress", "speed"),
+    put(None, "progress", "selection"),
 ]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metaopt.meta import MetaTrainer
 from metaopt.meta import trainer as module
+from metaopt.policy.method import DEFAULT_PARTS
 
 from ..tiny import random_images, tiny_config, tiny_model
 
@@ -46,6 +47,20 @@ def test_selection_keeps_the_best_epoch(losses: list[float], best: int, monkeypa
     assert torch.equal(flat(trainer), weights[3])  # training goes on from where it is, not from the best
 
 
+@pytest.mark.parametrize(("bias", "price"), [(40.0, 0.35), (-40.0, 0.0)])
+def test_updates_beyond_the_share_that_is_allowed_cost_as_much_as_the_share_beyond(bias: float, price: float) -> None:
+    """A gate that is always open goes beyond any share, one that never is beyond none; frozen, they stay so."""
+
+    def score(allowed: float) -> float:
+        parts = {**DEFAULT_PARTS, "update_gate": {"share": allowed}}
+        trainer = trainer_with(parts=parts, frozen=("update_gate",), selection_tasks=2)
+        trainer.policy.part("update_gate").bias.data.fill_(bias)
+        trainer.run(stop_after=0)
+        return trainer.progress.selection[0]
+
+    assert score(0.25) - score(0.6) == pytest.approx(price, abs=1e-5)
+
+
 def test_without_selection_the_last_epoch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted_selection(monkeypatch, [0.1, 0.2, 0.3])
     trainer = trainer_with(epochs=2, unrolls=1, steps=1, select_best=False)
@@ -56,7 +71,7 @@ def test_without_selection_the_last_epoch_stays(monkeypatch: pytest.MonkeyPatch)
 def test_selection_waits_for_unrolls_of_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted_selection(monkeypatch, [1.0, 1.2, 0.8, 0.9])
     trainer = trainer_with(epochs=6, unrolls=1, steps=4, first_steps=2, curriculum=0.5)
-    assert [epoch for epoch in range(7) if trainer.config.scores(epoch)] == [0, 4, 5, 6]
+    assert [epoch for epoch in range(7) if trainer.config.is_scored(epoch)] == [0, 4, 5, 6]
     weights = [flat(trainer)]
 
     def kept() -> tuple[int, Tensor]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from metaopt.data.shifts import META, REPORT, SELECTION, TEST, WIDE, Shift, shift_names
 from metaopt.errors import ConfigError, DataError
-from metaopt.inner_loop import MetaBatch
-from metaopt.meta import MetaTrainer, Task, TaskConfig, TaskSampler, held_out_tasks
+from metaopt.meta import MetaTrainer, Task, TaskConfig, TaskSampler
 from metaopt.meta.loss import CleanTeacher, Unsupervised, build_meta_loss
+from metaopt.meta.selection import held_out_tasks
+from metaopt.meta.unroll import MetaBatch
 from metaopt.types import StepOutput
 
 from ..tiny import random_images, tiny_config, tiny_model
@@ -94,6 +95,15 @@ def test_strengths_are_continuous_in_their_range() -> None:
     assert len(strengths.unique()) > 0.99 * len(strengths)
     first = torch.tensor([task.shifts[0][1] for task in tasks])
     assert abs(float(first.mean()) - 2.5) < 4 * 3 / math.sqrt(12 * 400)
+
+
+def test_the_second_of_two_shifts_reaches_half_as_far_up_the_range() -> None:
+    sampler = meta_sampler(strength=(1.0, 4.0), composed=1.0, occlusion=0.0)
+    randomness = torch.Generator().manual_seed(0)
+    tasks = [sampler.sample(1, randomness) for _ in range(400)]
+    first, second = torch.tensor([[s for _, s in task.shifts] for task in tasks if len(task.shifts) == 2]).T
+    assert 1.0 <= second.min() < 1.05 and 2.45 < second.max() <= 2.5
+    assert first.max() > 3.9
 
 
 def test_shifts_are_composed_and_occluded_as_often_as_asked() -> None:
@@ -201,8 +211,11 @@ def test_all_randomness_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_held_out_tasks_are_fixed_by_their_seed() -> None:
     trainer = MetaTrainer(tiny_model(), random_images(32), None, tiny_config())
-    first, same = (held_out_tasks(trainer, shift_names(REPORT), 4, 2, seed=1) for _ in range(2))
-    other = held_out_tasks(trainer, shift_names(REPORT), 4, 2, seed=2)
+
+    def drawn(seed: int) -> list[Task]:
+        return held_out_tasks(trainer.images, trainer.teach, trainer.config, shift_names(REPORT), 4, 2, seed=seed)
+
+    first, same, other = drawn(1), drawn(1), drawn(2)
     assert [task.name for task in first] == [task.name for task in same] != [task.name for task in other]
     assert all(equal(a[1], b[1]) for a, b in zip(first, same, strict=True))
     assert {shift.family for task in first for shift, _ in task.shifts} <= {REPORT, "extra"}
@@ -215,7 +228,7 @@ def test_refusals() -> None:
         ({"strength": (3.0, 2.0)}, "meta.strength"),
         ({"strength": (1.0, 5.1)}, "meta.strength"),
         ({"strength": (float("nan"), 5.0)}, "meta.strength"),
-        ({"composed": 1.1}, r"meta.composed is 1.1; a probability lies in \[0, 1\]"),
+        ({"composed": 1.1}, r"meta.composed is 1.1; allowed is \[0, 1\]"),
         ({"occlusion": -0.1}, "meta.occlusion is -0.1"),
         ({"translate": -1}, "meta.translate is -1"),
         ({"clean_view": "both"}, "meta.clean_view is 'both'; allowed are cached, augmented"),

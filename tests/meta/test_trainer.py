@@ -11,10 +11,11 @@ from torch import Tensor
 from metaopt.data.seeding import generator_for
 from metaopt.errors import ConfigError, DataError
 from metaopt.evaluation import Monitor, read_scalars
-from metaopt.generator import GeneratorConfig, GradientGenerator
-from metaopt.inner_loop import MetaGradient, UnrollConfig, part_of, unrolled_loss
-from metaopt.meta import MetaTrainer, TaskConfig
+from metaopt.meta import MetaTrainer
 from metaopt.meta import trainer as module
+from metaopt.meta.evaluate import unrolled_loss
+from metaopt.meta.unroll import MetaGradient
+from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
 
 from ..tiny import random_images, tiny_config, tiny_model
 
@@ -65,7 +66,7 @@ def test_what_is_not_finite_is_skipped_and_counted(place: str, value: float, mon
     assert torch.equal(weights[1], weights[2])
     assert all(torch.equal(a, b) for a, b in zip(moments[1], moments[2], strict=True))
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[2], weights[3])
-    assert (trainer.counters.skipped, trainer.counters.updates) == (1, 4)
+    assert (trainer.progress.skipped, trainer.progress.updates) == (1, 4)
     assert bool(torch.isfinite(weights[3]).all())
     assert trainer.best_policy().training["skipped"] == 1
 
@@ -88,7 +89,7 @@ def test_gradients_are_clipped_to_the_norm(monkeypatch: pytest.MonkeyPatch) -> N
     trainer.run()
     for gradients, result in zip(applied, results, strict=True):
         for own in (True, False):  # the initialization and all else, each by itself
-            names = [name for name in result.gradients if (part_of(name) == "initialization") == own]
+            names = [name for name in result.gradients if name.startswith("parts.initialization.") == own]
             gradient = torch.cat([gradients[name].flatten() for name in names])
             assert float(gradient.norm()) == pytest.approx(0.25, rel=1e-3)
             raw = torch.cat([result.gradients[name].flatten() for name in names])
@@ -130,10 +131,10 @@ def test_a_running_unroll_is_one_unroll_in_windows(length: int, monkeypatch: pyt
     losses: list[float] = []
     trainer.run(on_unroll=losses.append)
     assert losses[0] == pytest.approx(float(expected.mean()), rel=1e-5)
-    assert trainer.counters.updates == len(windows) == math.ceil(5 / length)
+    assert trainer.progress.updates == len(windows) == math.ceil(5 / length)
     assert [size for _, size in windows] == [min(length, 5 - start) + 1 for start in range(0, 5, length)]
     assert windows[0][0] is None
-    assert [int(state.rule.moments.step) for state, _ in windows[1:]] == list(range(length, 5, length))
+    assert [int(state["rule"].moments.step) for state, _ in windows[1:]] == list(range(length, 5, length))
 
 
 def test_the_published_composition_runs() -> None:
@@ -141,8 +142,8 @@ def test_the_published_composition_runs() -> None:
     trainer = trainer_with(
         generator=GeneratorConfig(variant="published", lr=1e-4),
         objective={"entropy": 1.0, "discrepancy": 0.4},
-        tasks=TaskConfig(batch_size=2, flip=False),
-        unroll=UnrollConfig(truncation=1),
+        batch_size=2,
+        truncation=1,
         loss="unsupervised",
         steps=64,
         first_steps=64,
@@ -153,20 +154,20 @@ def test_the_published_composition_runs() -> None:
     )
     before = flat(trainer)
     policy = trainer.run()
-    assert (trainer.counters.updates, trainer.counters.skipped) == (64, 0)
+    assert (trainer.progress.updates, trainer.progress.skipped) == (64, 0)
     moved = (flat(trainer) - before).abs()
     assert bool(torch.isfinite(moved).all()) and float(moved.max()) > 0.05
     assert policy.objective is not None
     weights = {name: float(weight) for name, weight in policy.objective.weights().items()}
     assert weights == pytest.approx({"entropy": 1.0, "discrepancy": 0.4})  # its own loss must not weigh itself
-    assert policy.statistics is not None
+    assert policy.objective.named_terms["discrepancy"].statistics is not None
 
 
 @pytest.mark.parametrize("gradient", ["first_order", "full"])
 def test_backends_train_alike(gradient: str) -> None:
     weights = {}
     for backend in ("func", "torchopt", "higher"):
-        config = tiny_config(backend=backend, unroll=UnrollConfig(gradient=gradient), epochs=1)
+        config = tiny_config(backend=backend, gradient=gradient, epochs=1)
         trainer = MetaTrainer(tiny_model(dtype=torch.float64), IMAGES.double(), None, config)
         trainer.run()
         weights[backend] = flat(trainer)
@@ -181,7 +182,7 @@ def test_a_seed_names_a_training() -> None:
         torch.rand(3)  # the global generator has no say
         trainer.run()
     assert torch.equal(flat(first), flat(same)) and not torch.equal(flat(first), flat(other))
-    assert first.counters == same.counters
+    assert first.progress == same.progress
 
 
 def test_curves_are_written_and_read_back(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_curves_are_written_and_read_back(tmp_path: Path) -> None:
     assert len(norms) == 6 and all(value > 0 for value in norms)
     selection = read_scalars(tmp_path, "meta/selection_loss")
     assert [step for step, _ in selection] == [0, 6]  # epochs of shorter unrolls are not scored
-    assert [value for _, value in selection] == pytest.approx(trainer.counters.selection, rel=1e-5)
+    assert [value for _, value in selection] == pytest.approx(trainer.progress.selection, rel=1e-5)
     assert [value for _, value in read_scalars(tmp_path, "meta/steps")] == [2, 2, 3, 3, 4, 4]
     assert [value for _, value in read_scalars(tmp_path, "meta/skipped")] == [0] * 6
     from tensorboard.backend.event_processing.event_accumulator import IMAGES as IMAGE_TAGS
@@ -211,7 +212,7 @@ def test_one_point_for_each_meta_update(tmp_path: Path) -> None:
     with Monitor(tmp_path) as monitor:
         trainer = trainer_with(monitor, update_every=2, steps=5, first_steps=5, epochs=1, unrolls=2)
         trainer.run()
-    assert len(read_scalars(tmp_path, "meta/loss")) == trainer.counters.updates == 6
+    assert len(read_scalars(tmp_path, "meta/loss")) == trainer.progress.updates == 6
 
 
 def test_the_rate_falls_to_a_tenth_or_stays() -> None:

@@ -12,7 +12,7 @@ from metaopt.errors import ModelError
 from metaopt.models import SourceModel, SourcePrior, prior_layers
 from metaopt.models.source_prior import moments_about
 
-from ..inner_loop.cases import images, tiny_resnet, tiny_vit
+from ..meta.cases import images, tiny_resnet, tiny_vit
 
 
 def with_statistics(model: SourceModel) -> SourceModel:

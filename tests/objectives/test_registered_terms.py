@@ -1,13 +1,19 @@
 """One battery that every registered term must pass: registering a term enrols it here."""
 
+import copy
+import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from metaopt import registry
 from metaopt.errors import ConfigError
-from metaopt.objectives import OBJECTIVE_TERMS, WeightedObjective, get_term, register_term
+from metaopt.objectives import Term, WeightedObjective, register_term
+from metaopt.objectives.discrepancy import Discrepancy
+from metaopt.objectives.weighted import weighted_sum
 from metaopt.types import ForwardOutput, SourceStatistics
 
 SAMPLES, CLASSES, WIDTHS = 8, 10, (6, 4, 5)
@@ -18,6 +24,25 @@ def statistics(dtype: torch.dtype = torch.float32) -> SourceStatistics:
         tuple(torch.zeros(width, dtype=dtype) for width in WIDTHS),
         tuple(torch.ones(width, dtype=dtype) for width in WIDTHS),
     )
+
+
+def objective_of(name: str, weight: float = 1.0, dtype: torch.dtype = torch.float32) -> WeightedObjective:
+    """One term alone, with the source statistics where it compares with them."""
+    objective = WeightedObjective({name: weight})
+    for term in objective.named_terms.values():
+        if isinstance(term, Discrepancy):
+            term.statistics = statistics(dtype)
+    return objective
+
+
+def loss_and_terms(objective: WeightedObjective, output: ForwardOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    values = objective.values(output)
+    return weighted_sum(values, objective.weights()), values
+
+
+def term_of(objective: WeightedObjective) -> Term:
+    (term,) = objective.named_terms.values()
+    return term
 
 
 def random_output(dtype: torch.dtype = torch.float32, samples: int = SAMPLES) -> ForwardOutput:
@@ -45,7 +70,7 @@ def leaves(output: ForwardOutput) -> tuple[Tensor, ...]:
     return tuple(tensor.requires_grad_() for tensor in (output.logits, output.view_logits, *output.features))
 
 
-@pytest.fixture(params=sorted(OBJECTIVE_TERMS))
+@pytest.fixture(params=sorted(registry.TERMS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -55,7 +80,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_values_and_gradients_are_finite_to_second_order(name: str, gap: float, samples: int) -> None:
     output = extreme_output(gap, samples)
     inputs = leaves(output)
-    loss, _ = WeightedObjective({name: 1.0}).loss(output, statistics())
+    loss, _ = loss_and_terms(objective_of(name), output)
     first = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
     second = torch.autograd.grad(
         sum((gradient.square().sum() for gradient in first), torch.zeros(())), inputs, allow_unused=True
@@ -65,19 +90,28 @@ def test_values_and_gradients_are_finite_to_second_order(name: str, gap: float, 
     assert all(torch.isfinite(gradient).all() for gradient in second if gradient is not None)
 
 
-def test_shape_is_what_the_registration_says(name: str) -> None:
-    value = get_term(name).function(random_output(), statistics())
-    assert value.shape == ((SAMPLES,) if get_term(name).per_sample else ())
+def test_shape_is_what_the_class_says(name: str) -> None:
+    term = term_of(objective_of(name))
+    assert term(random_output()).shape == ((SAMPLES,) if term.per_sample else ())
 
 
 def test_scalar_is_the_mean_over_the_samples(name: str) -> None:
-    objective = WeightedObjective({name: 1.0})
-    scalar = objective.terms(random_output(), statistics())[name]
-    samples = objective.per_sample(random_output(), statistics())
-    assert scalar.shape == ()
-    assert list(samples) == ([name] if get_term(name).per_sample else [])
-    for values in samples.values():
-        torch.testing.assert_close(values.mean(), scalar, rtol=0.0, atol=0.0)
+    objective = objective_of(name)
+    values = objective.values(random_output())
+    assert list(values) == [name] and values[name].shape == ()
+    samples = term_of(objective)(random_output())
+    torch.testing.assert_close(samples.mean(), values[name], rtol=0.0, atol=0.0)
+
+
+def test_samples_may_count_differently_in_that_mean(name: str) -> None:
+    objective, term = objective_of(name), term_of(objective_of(name))
+    weights = torch.rand(SAMPLES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = objective.values(random_output())[name]
+    found = objective.values(random_output(), weights)[name]
+    expected = (term(random_output()) * weights.float()).mean() if term.per_sample else plain
+    torch.testing.assert_close(found, expected)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(objective.values(random_output(), torch.ones(SAMPLES))[name], plain)
 
 
 def test_order_of_the_batch_does_not_matter(name: str) -> None:
@@ -86,32 +120,27 @@ def test_order_of_the_batch_does_not_matter(name: str) -> None:
     assert output.view_logits is not None and output.teacher_logits is not None
     features = tuple(block[order] for block in output.features)
     shuffled = ForwardOutput(output.logits[order], features, output.view_logits[order], output.teacher_logits[order])
-    objective = WeightedObjective({name: 1.0})
-    given = statistics(torch.float64)
-    torch.testing.assert_close(
-        objective.terms(shuffled, given)[name], objective.terms(output, given)[name], rtol=1e-12, atol=1e-14
-    )
-    if get_term(name).per_sample:
-        torch.testing.assert_close(
-            objective.per_sample(shuffled, given)[name], objective.per_sample(output, given)[name][order]
-        )
+    objective = objective_of(name, dtype=torch.float64)
+    torch.testing.assert_close(objective.values(shuffled)[name], objective.values(output)[name], rtol=1e-12, atol=1e-14)
+    term = term_of(objective)
+    if term.per_sample:
+        torch.testing.assert_close(term(shuffled), term(output)[order])
 
 
 def test_shifting_all_logits_changes_nothing(name: str) -> None:
     output = random_output(torch.float64)
-    objective = WeightedObjective({name: 1.0})
-    given = statistics(torch.float64)
+    objective = objective_of(name, dtype=torch.float64)
     assert output.view_logits is not None
     shifted = output._replace(logits=output.logits + 5.0, view_logits=output.view_logits - 3.0)
-    torch.testing.assert_close(objective.terms(shifted, given), objective.terms(output, given), rtol=1e-11, atol=0.0)
+    torch.testing.assert_close(objective.values(shifted), objective.values(output), rtol=1e-11, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_type_and_device_of_the_output_are_kept(name: str, dtype: torch.dtype) -> None:
     # Whatever the statistics and the weights are in: what they are compared with decides.
     for other in (torch.float32, torch.float64):
-        objective = WeightedObjective({name: 0.3}).to(other)
-        loss, terms = objective.loss(random_output(dtype), statistics(other))
+        objective = objective_of(name, 0.3, other).to(other)
+        loss, terms = loss_and_terms(objective, random_output(dtype))
         assert loss.dtype == terms[name].dtype == dtype
         assert loss.device == random_output(dtype).logits.device
 
@@ -123,50 +152,71 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) ->
     assert half.view_logits is not None and half.teacher_logits is not None
     features = tuple(block.float() for block in half.features)
     single = ForwardOutput(half.logits.float(), features, half.view_logits.float(), half.teacher_logits.float())
-    objective = WeightedObjective({name: 1.0})
-    values = objective.terms(half, statistics())
+    objective = objective_of(name)
+    values = objective.values(half)
     assert values[name].dtype == torch.float32
-    torch.testing.assert_close(values, objective.terms(single, statistics()))
+    torch.testing.assert_close(values, objective.values(single))
 
 
 def test_only_terms_that_need_features_or_a_view_touch_them(name: str) -> None:
-    output = random_output()
+    output, objective = random_output(), objective_of(name)
     inputs = leaves(output)
-    loss, _ = WeightedObjective({name: 1.0}).loss(output, statistics())
+    loss, _ = loss_and_terms(objective, output)
     _, view, *features = torch.autograd.grad(loss, inputs, allow_unused=True)
-    assert any(gradient is not None for gradient in features) == get_term(name).needs_features
-    assert (view is not None) == get_term(name).needs_view
+    assert objective.needs == term_of(objective).needs <= {"features", "view", "teacher"}
+    assert any(gradient is not None for gradient in features) == ("features" in objective.needs)
+    assert (view is not None) == ("view" in objective.needs)
+    without_teacher = output._replace(teacher_logits=None)
+    if "teacher" in objective.needs:
+        with pytest.raises(ConfigError, match="teacher"):
+            objective.values(without_teacher)
+    else:
+        torch.testing.assert_close(objective.values(without_teacher), objective.values(output), rtol=0.0, atol=0.0)
 
 
 @pytest.fixture
-def registry() -> Iterator[dict]:
-    before = dict(OBJECTIVE_TERMS)
-    yield OBJECTIVE_TERMS
-    OBJECTIVE_TERMS.clear()
-    OBJECTIVE_TERMS.update(before)
+def terms() -> Iterator[dict[str, Any]]:
+    before = dict(registry.TERMS)
+    yield registry.TERMS
+    registry.TERMS.clear()
+    registry.TERMS.update(before)
 
 
-def test_a_users_term_is_valid_in_an_objective(registry: dict) -> None:
-    register_term("margin", lambda output, _: output.logits.amax(dim=1), per_sample=True)
+def test_a_users_term_is_valid_in_an_objective(terms: dict[str, Any]) -> None:
+    def margin(output: ForwardOutput) -> Tensor:
+        """Largest logit of each prediction."""
+        return output.logits.amax(dim=1)
+
+    register_term("margin", margin, per_sample=True)
     objective = WeightedObjective({"margin": 2.0})
-    loss, terms = objective.loss(random_output())
+    loss, values = loss_and_terms(objective, random_output())
     expected = random_output().logits.amax(dim=1).mean()
-    torch.testing.assert_close(terms, {"margin": expected})
+    torch.testing.assert_close(values, {"margin": expected})
     torch.testing.assert_close(loss, 2.0 * expected)
-    assert "margin" in registry
+    assert "margin" in terms and registry.describe("objective term")["margin"] == "Largest logit of each prediction."
+    for twin in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        torch.testing.assert_close(loss_and_terms(twin, random_output())[0], loss, rtol=0.0, atol=0.0)
+
+
+def test_a_users_term_says_what_it_reads_and_may_be_a_scalar(terms: dict[str, Any]) -> None:
+    register_term("spread", lambda output: output.features[0].std(), per_sample=False, needs=frozenset({"features"}))
+    objective = WeightedObjective({"spread": 1.0, "entropy": 1.0})
+    assert objective.needs == {"features"}
+    values = objective.values(random_output())
+    torch.testing.assert_close(values["spread"], random_output().features[0].std())
 
 
 @pytest.mark.parametrize(("name", "message"), [("slr", "already registered"), ("my.term", "no identifier")])
-def test_a_bad_registration_is_refused(registry: dict, name: str, message: str) -> None:
-    before = dict(registry)
+def test_a_bad_registration_is_refused(terms: dict[str, Any], name: str, message: str) -> None:
+    before = dict(terms)
     with pytest.raises(ConfigError, match=message):
-        register_term(name, lambda output, _: output.logits.sum(), per_sample=False)
-    assert registry == before
+        register_term(name, lambda output: output.logits.sum(), per_sample=False)
+    assert terms == before
 
 
 def test_an_unknown_term_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown objective term 'entropi'.*did you mean 'entropy'\?"):
-        get_term("entropi")
+        registry.get("objective term", "entropi")
     known = "entropy, filtered, slr, diversity, discrepancy, consistency, teacher"
-    with pytest.raises(ConfigError, match=f"'zzz'; known terms: {known}; choose"):
-        get_term("zzz")
+    with pytest.raises(ConfigError, match=f"'zzz'; allowed are {known}: choose"):
+        registry.get("objective term", "zzz")

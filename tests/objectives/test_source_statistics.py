@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, DataError, ModelError
-from metaopt.objectives import feature_discrepancy, source_statistics
+from metaopt.objectives.discrepancy import feature_discrepancy, source_statistics
 from metaopt.types import ForwardOutput
 
 

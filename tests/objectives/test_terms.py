@@ -9,16 +9,13 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from metaopt.errors import ConfigError
-from metaopt.objectives import (
-    biased_std,
-    feature_discrepancy,
-    filtered_entropy,
-    negative_mean_entropy,
-    soft_likelihood_ratio,
-    softmax_entropy,
-    teacher_cross_entropy,
-    view_consistency,
-)
+from metaopt.objectives.consistency import view_consistency
+from metaopt.objectives.discrepancy import biased_std, feature_discrepancy
+from metaopt.objectives.diversity import negative_mean_entropy
+from metaopt.objectives.entropy import softmax_entropy
+from metaopt.objectives.filtered import filtered_entropy
+from metaopt.objectives.slr import soft_likelihood_ratio
+from metaopt.objectives.teacher import teacher_cross_entropy
 from metaopt.types import SourceStatistics
 
 LOGIT_TERMS = [softmax_entropy, filtered_entropy, soft_likelihood_ratio, negative_mean_entropy]
@@ -283,5 +280,5 @@ def test_teacher_cross_entropy_is_torchs_and_the_teacher_is_a_constant() -> None
     values = teacher_cross_entropy(logits, target)
     torch.testing.assert_close(values, torch.nn.functional.cross_entropy(logits, target.softmax(1), reduction="none"))
     assert torch.autograd.grad(values.sum(), target, allow_unused=True)[0] is None
-    with pytest.raises(ConfigError, match=r"'teacher' got no logits of a teacher.*method.teacher"):
+    with pytest.raises(ConfigError, match=r"'teacher' got no logits of a teacher.*parts.teacher"):
         teacher_cross_entropy(logits, None)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaopt.objectives import augmented_view
-from metaopt.objectives.views import _moved, _recoloured
+from metaopt.objectives.views import _moved, _recoloured, augmented_view
 
 
 def photograph(height: int = 32, width: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:

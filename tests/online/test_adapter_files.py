@@ -11,36 +11,44 @@ from metaopt.models import SourceModel
 from metaopt.online import OnlineAdapter
 
 from ..tiny import tiny_model, tiny_net, tiny_policy
-from .test_adapter import BATCHES, METHODS, new_adapter, run, same
+from .test_adapter import BATCHES, DEFAULT, METHODS, new_adapter, run, same, unless_poisoned
+
+CUTS = [
+    *(pytest.param(method, cut, False) for method in METHODS for cut in (3, 5)),
+    *(pytest.param(*each.values, 3, True, marks=each.marks) for each in unless_poisoned(METHODS)),
+]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_saved_and_loaded_in_mid_stream_is_unbroken(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "cut", "spoiled"), CUTS)
+def test_saved_and_loaded_in_mid_stream_is_unbroken(method: str, cut: int, spoiled: bool, tmp_path: Path) -> None:
     whole, first, second = (new_adapter(method) for _ in range(3))
     expected = run(whole)
-    logits = run(first, BATCHES[:3])
-    first(BATCHES[0] * float("nan"))
+    logits = run(first, BATCHES[:cut])
+    if spoiled:
+        first(BATCHES[0] * float("nan"))
     first.save(tmp_path / "stream.pt")
     run(second, BATCHES[5:])  # whatever it has done before is forgotten
     second.load(tmp_path / "stream.pt")
     assert (second.steps, second.updates) == (first.steps, first.updates)
     assert second.guard.events == first.guard.events
-    assert same(logits + run(second, BATCHES[3:]), expected)
+    assert same(logits + run(second, BATCHES[cut:]), expected)
     assert same(list(second.parameters.values()), list(whole.parameters.values()))
     torch.load(tmp_path / "stream.pt", weights_only=True)
     second.reset()
     assert same(run(second), expected)
 
 
-def test_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
-    adapter, undisturbed = new_adapter("residual"), new_adapter("residual")
+@pytest.mark.parametrize("method", ["residual", *DEFAULT])
+def test_files_that_do_not_fit_are_refused_and_change_nothing(method: str, tmp_path: Path) -> None:
+    adapter, undisturbed = new_adapter(method), new_adapter(method)
     run(adapter, BATCHES[:2])
     run(undisturbed, BATCHES[:2])
     wide = SourceModel(type(tiny_net())(width=6))
     tent = METHODS["tent"]()
     cases: dict[str, tuple[OnlineAdapter, str]] = {
         "method.pt": (new_adapter("tent"), "it is of method 'tent', not 'policy'"),
-        "rule.pt": (new_adapter("step_sizes"), "another rule"),
+        "rule.pt": (new_adapter("step_sizes"), "another rule" if method == "residual" else "other parts"),
+        "parts.pt": (new_adapter("default" if method != "default" else "residual"), "other parts"),
         "shapes.pt": (OnlineAdapter(wide, tent), "its parameters are of another model"),
         "weights.pt": (OnlineAdapter(tiny_model(seed=1), tiny_policy(tiny_model(seed=1))), "other weights"),
     }
@@ -56,8 +64,9 @@ def test_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) ->
     assert same(run(adapter, BATCHES[2:]), run(undisturbed, BATCHES[2:]))
 
 
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    adapter = new_adapter("residual")
+@pytest.mark.parametrize("method", ["residual", *DEFAULT])
+def test_damaged_files_are_refused(method: str, tmp_path: Path) -> None:
+    adapter = new_adapter(method)
     adapter.save(tmp_path / "good.pt")
     values: dict[str, Any] = torch.load(tmp_path / "good.pt", weights_only=True)
     for key in values:

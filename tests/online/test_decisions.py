@@ -12,7 +12,7 @@ from metaopt.evaluation import Monitor
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.online import run as module
 from metaopt.online.decisions import Decisions, stored_bits
-from metaopt.policy.gate import PeriodicGate
+from metaopt.policy.parts.update_gate import UpdateGate, UpdateGateConfig
 
 from ..tiny import random_images
 from .test_memory import new_adapter
@@ -60,7 +60,7 @@ def test_bits_are_the_mean_over_the_steps_of_a_domain(setting: str, monkeypatch:
 
 def test_steps_without_an_update_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = new_adapter()
-    adapter.policy.gate = PeriodicGate(2)
+    adapter.policy.parts["update_gate"] = UpdateGate(UpdateGateConfig(every=2))
     decisions = run(adapter, monkeypatch, setting="continual")
     assert {name: set(row.values()) for name, row in decisions._counts.items()} == {"fog": {1}, "snow": {1}}
 

@@ -1,6 +1,7 @@
 """Deployment within a budget: bytes measured, and what a run remembers of its layers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,18 +9,20 @@ import torch
 from torch import Tensor
 
 from metaopt.activation_memory import ALLOCATIONS
+from metaopt.data import Domain, ImageSet, to_bytes
 from metaopt.errors import BudgetError, ConfigError
 from metaopt.evaluation import MemoryMeter
 from metaopt.models import SourceModel
 from metaopt.models.cifar_resnet import CifarResNet
-from metaopt.online import LayerMemory, OnlineAdapter
+from metaopt.online import LayerMemory, OnlineAdapter, run_stream
 from metaopt.online.layers import memory_rows
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 
-from ..tiny import random_images
+from ..tiny import BARE, random_images
 
 BATCHES = [random_images(24, seed) for seed in range(5)]
 BUDGET = 0.8  # MiB; dense holds about 5
+TENT = MethodConfig("tent", update="adam", lr=3e-2, objective={"entropy": 1.0}, parts=dict(BARE))
 
 
 def small_resnet() -> SourceModel:
@@ -29,7 +32,7 @@ def small_resnet() -> SourceModel:
 
 
 def tent(pruning: str = "rate_distortion") -> AdaptationPolicy:
-    return build_method(MethodConfig("tent", update="adam", lr=3e-2, objective={"entropy": 1.0}, pruning=pruning))
+    return build_method(replace(TENT, parts={**BARE, "pruning": pruning}))
 
 
 def new_adapter(memory: str = "pruned", budget: float | None = BUDGET, pruning: str = "rate_distortion"):
@@ -138,12 +141,28 @@ def test_a_refused_batch_teaches_nothing(name: str) -> None:
 
 def test_a_run_remembers_the_gradients_of_its_layers() -> None:
     adapter = new_adapter()
-    assert torch.equal(adapter.state.pruning.importance, torch.zeros(7))
+    assert torch.equal(adapter.state["pruning"].importance, torch.zeros(7))
     adapter(BATCHES[0])
-    first = adapter.state.pruning.importance
+    first = adapter.state["pruning"].importance
     adapter(BATCHES[1])
-    assert int(adapter.state.pruning.steps) == 2
-    assert bool((first > 0).all()) and not torch.equal(first, adapter.state.pruning.importance)
+    assert int(adapter.state["pruning"].steps) == 2
+    assert bool((first > 0).all()) and not torch.equal(first, adapter.state["pruning"].importance)
+
+
+def unlabelled(name: str, size: int) -> Domain:
+    images = to_bytes(random_images(size))
+    return Domain(name, 1.0, size, lambda: ImageSet(images, None))
+
+
+def test_a_run_held_as_much_as_its_fullest_step_though_a_larger_batch_held_less() -> None:
+    """Of every two batches the second is only predicted on, which holds nothing; here it is the larger one."""
+    method = replace(TENT, parts={**BARE, "update_gate": {"every": 2}})
+    adapter = OnlineAdapter(small_resnet(), build_method(method))
+    few, many = unlabelled("few", 8), unlabelled("many", 24)
+    alone, both = (run_stream(adapter, stream, setting="continual", batch_size=24) for stream in ((few,), (few, many)))
+    assert (both.updates, both.guard_events["skipped"]) == (1, 1)
+    assert both.held_mib == alone.held_mib > 0.1
+    assert both.layers == alone.layers != []
 
 
 def test_the_closing_table_leaves_out_what_shows_as_nothing_and_sums_all() -> None:

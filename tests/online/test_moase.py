@@ -12,33 +12,30 @@ from torch import Tensor
 from metaopt.data import generator_for
 from metaopt.errors import ModelError
 from metaopt.evaluation import state_mib
-from metaopt.experts import ExpertsConfig, TeacherConfig, attach_experts
+from metaopt.experts import attach_experts
 from metaopt.experts.mixture import EXPERT_TENSORS
 from metaopt.models import SourceModel
-from metaopt.objectives import augmented_view
+from metaopt.objectives.views import augmented_view
 from metaopt.online import OnlineAdapter
 from metaopt.online.footprint import Case, measure_footprint
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.policy.parts.teacher import TeacherConfig
+from metaopt.policy.step import evaluate_on
 
 from ..experts.families import build
-from ..tiny import tiny_net
+from ..tiny import BARE, tiny_net
 
-TEACHER = TeacherConfig(momentum=0.9, restore=0.05, views=1)
+TEACHER = TeacherConfig(momentum=0.9, restore=0.05, views=1, predicts=True)
 LR, BETAS = 1e-2, (0.9, 0.99)
 
 
-def method(adapts: str = "experts_norm", experts: bool = True, **changes: object) -> AdaptationPolicy:
-    values: dict[str, object] = {
-        "update": "adam",
-        "lr": LR,
-        "betas": BETAS,
-        "objective": {"teacher": 1.0},
-        "adapts": adapts,
-        "experts": ExpertsConfig() if experts else None,
-        "teacher": TEACHER if experts else replace(TEACHER, proximal=0.0),
-        "predict_with": "teacher",
-    }
-    return build_method(MethodConfig("moase" if experts else "cotta", **{**values, **changes}))  # type: ignore[arg-type]
+def method(
+    adapts: str = "experts_norm", experts: bool = True, teacher: TeacherConfig | None = None
+) -> AdaptationPolicy:
+    parts = {**BARE, "experts": experts, "teacher": teacher or (TEACHER if experts else replace(TEACHER, proximal=0.0))}
+    name = "moase" if experts else "cotta"
+    rule, objective = {"betas": BETAS}, {"teacher": 1.0}
+    return build_method(MethodConfig(name, "adam", LR, rule, objective, adapts=adapts, parts=parts))
 
 
 def network(family: str, dtype: torch.dtype = torch.float32) -> tuple[SourceModel, list[Tensor]]:
@@ -53,10 +50,10 @@ CASES: dict[str, tuple[str, Callable[[], AdaptationPolicy]]] = {
     "vit": ("vit", method),
     "cnn": ("cifar_resnet", method),
     "all": ("vit", lambda: method("all")),
-    "experts": ("cifar_resnet", lambda: method("experts", predict_with="student")),
+    "experts": ("cifar_resnet", lambda: method("experts", teacher=replace(TEACHER, predicts=False))),
     "initial anchor": (
         "vit",
-        lambda: method(teacher=TeacherConfig(anchor="initial", group="expert", restore=0.05, views=2)),
+        lambda: method(teacher=TeacherConfig(anchor="initial", group="expert", restore=0.05, views=2, predicts=True)),
     ),
     "cotta": ("cifar_resnet", lambda: method("all", experts=False)),
 }
@@ -75,8 +72,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def tensors_of(adapter: OnlineAdapter) -> list[Tensor]:
-    assert adapter.state.teacher is not None
-    return [*adapter.parameters.values(), *adapter.state.teacher.average.values()]
+    return [*adapter.parameters.values(), *adapter.state["teacher"].average.values()]
 
 
 def adapting(model: SourceModel, adapts: str) -> dict[str, torch.nn.Parameter]:
@@ -94,10 +90,9 @@ def by_hand(case: str, count: int) -> tuple[list[Tensor], SourceModel]:
     family, make = CASES[case]
     model, batches = network(family, torch.float64)
     policy = make()
-    settings = policy.teacher
-    assert settings is not None
-    if policy.experts is not None:
-        attach_experts(model, policy.experts, seed=0)
+    settings = policy.part("teacher").config
+    if policy.part("experts") is not None:
+        attach_experts(model, policy.part("experts").config.mixtures, seed=0)
     student, teacher, start = model, copy.deepcopy(model), copy.deepcopy(model)
     learning = adapting(student, policy.adapts)
     optimizer, logits = torch.optim.Adam(learning.values(), lr=LR, betas=BETAS), []
@@ -106,7 +101,7 @@ def by_hand(case: str, count: int) -> tuple[list[Tensor], SourceModel]:
             views = [augmented_view(images, generator_for("teacher view", 0, step, i)) for i in range(settings.views)]
             target = torch.stack([teacher(view, batch_statistics=True).logits for view in views]).mean(dim=0)
         own = student(images, batch_statistics=True).logits
-        logits.append(target if policy.predict_with == "teacher" else own.detach())
+        logits.append(target if settings.predicts else own.detach())
         loss = torch.nn.functional.cross_entropy(own, target.softmax(dim=1))
         anchor = teacher if settings.anchor == "teacher" else start
         groups: dict[str, list[Tensor]] = {}
@@ -151,7 +146,7 @@ def test_a_stream_may_be_cut_saved_and_reset(case: str, tmp_path: Path) -> None:
     before = [tensor.clone() for tensor in tensors_of(first)]
     first(batches[2] * float("nan"))
     assert same(tensors_of(first), before) and first.guard.events == {"nonfinite": 1}
-    assert first.state.teacher is not None and int(first.state.teacher.step) == 2
+    assert int(first.state["teacher"].step) == 2
     with first.frozen():
         frozen = first(batches[2])
     first.save(tmp_path / "stream.pt")
@@ -191,8 +186,7 @@ def test_frozen_tensors_are_shared_and_nothing_else_is_remembered(case: str) -> 
     network_storages = storages([*source.parameters(), *source.buffers()])
     own = storages(t for n, t in adapter.model.named_parameters() if not n.startswith("experts."))
     assert own <= network_storages
-    assert adapter.state.teacher is not None
-    assert not storages(adapter.state.teacher.average.values()) & (
+    assert not storages(adapter.state["teacher"].average.values()) & (
         network_storages | storages(adapter.parameters.values())
     )
     scalars = sum(tensor.numel() for tensor in adapter.parameters.values())
@@ -225,9 +219,10 @@ def test_the_exports_are_the_adapted_model(case: str) -> None:
         adapter(images)
     fresh = build(CASES[case][0])[0]
     fresh.module.load_state_dict(adapter.export(), strict=True)
-    assert bool(adapter.export_experts()) == (adapter.policy.experts is not None)
-    if adapter.policy.experts is not None:
-        attach_experts(fresh, adapter.policy.experts, seed=9).load_state_dict(adapter.export_experts(), strict=True)
+    experts = adapter.policy.part("experts")
+    assert bool(adapter.export_experts()) == (experts is not None)
+    if experts is not None:
+        attach_experts(fresh, experts.config.mixtures, seed=9).load_state_dict(adapter.export_experts(), strict=True)
     with adapter.frozen():
         expected = adapter(batches[3])
     view = augmented_view(batches[3], generator_for("teacher view", 0, 3, 0))
@@ -247,9 +242,9 @@ def test_a_teacher_that_sees_the_same_images_has_nothing_to_teach_at_first() -> 
     model, batches = network("vit", torch.float64)
 
     def gradient(**changes: object) -> float:
-        policy = method(teacher=TeacherConfig(**changes))  # type: ignore[arg-type]
+        policy = method(teacher=TeacherConfig(predicts=True, **changes))  # type: ignore[arg-type]
         adapter = OnlineAdapter(model, policy)
-        loss = policy.evaluate(adapter.model, adapter.parameters, batches[0]).loss
+        loss = evaluate_on(policy, adapter.model, adapter.parameters, batches[0]).loss
         assert loss is not None
         gradients = torch.autograd.grad(loss, list(adapter.parameters.values()), allow_unused=True)
         return max(float(each.abs().max()) for each in gradients if each is not None)

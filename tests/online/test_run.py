@@ -13,15 +13,18 @@ from metaopt.errors import ConfigError, DataError
 from metaopt.evaluation import Monitor, read_scalars
 from metaopt.online import OnlineAdapter, RunReport, run_stream
 from metaopt.online import run as module
-from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRestoration, build_method
-from metaopt.policy.gate import PeriodicGate
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.policy.parts.restoration import Restoration
+from metaopt.policy.parts.update_gate import UpdateGate, UpdateGateConfig
 
-from ..tiny import random_images, tiny_model, tiny_net, tiny_policy
+from ..tiny import BARE, random_images, tiny_model, tiny_net, tiny_policy, with_parts
+
+TENT = MethodConfig("tent", update="adam", lr=3e-2, objective={"entropy": 1.0}, parts=dict(BARE))
 
 METHODS: dict[str, Callable[[], AdaptationPolicy]] = {
-    "source": lambda: build_method(MethodConfig("source", batch_statistics=False)),
-    "bn": lambda: build_method(MethodConfig("bn")),
-    "tent": lambda: build_method(MethodConfig("tent", update="adam", lr=3e-2, objective={"entropy": 1.0})),
+    "source": lambda: build_method(MethodConfig("source")),
+    "bn": lambda: build_method(MethodConfig("bn", parts=dict(BARE))),
+    "tent": lambda: build_method(TENT),
     "policy": lambda: tiny_policy(tiny_model()),
 }
 UPDATING = ("tent", "policy")
@@ -281,8 +284,8 @@ def test_refusals() -> None:
 def test_a_stream_that_shifts_is_told_by_distance_and_count(tmp_path: Path) -> None:
     clean = domain("clean", 64, 1)
     dark = Domain("dark", 5.0, 64, lambda: ImageSet(clean.images.images // 4, clean.images.labels))
-    policy = tiny_policy(tiny_model())
-    policy.restoration, policy.gate = SourceRestoration(), PeriodicGate(2)
+    gate = UpdateGate(UpdateGateConfig(every=2))
+    policy = with_parts(tiny_policy(tiny_model()), Restoration(), gate)
     with Monitor(tmp_path) as monitor:
         stream = [clean, dark]
         adapter = OnlineAdapter(tiny_model(), policy)

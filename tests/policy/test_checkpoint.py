@@ -9,22 +9,14 @@ import pytest
 import torch
 
 from metaopt.errors import CheckpointError, OutputError
-from metaopt.generator import VARIANTS, GradientGenerator
 from metaopt.models import SourceModel
 from metaopt.online import OnlineAdapter
-from metaopt.policy import (
-    AdaptationPolicy,
-    MethodConfig,
-    RestorationConfig,
-    SourceRestoration,
-    build_method,
-    check_source,
-    policy_from_dict,
-    policy_to_dict,
-)
-from metaopt.policy.gate import LearnedGate
+from metaopt.optimizers.mgg import VARIANTS, GradientGenerator
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.policy.parts.restoration import Restoration, RestorationConfig
+from metaopt.policy.parts.update_gate import UpdateGate
 
-from ..tiny import random_images, tiny_model, tiny_net, tiny_policy
+from ..tiny import random_images, statistics_of, tiny_model, tiny_net, tiny_policy, with_parts
 
 
 @pytest.fixture
@@ -44,18 +36,20 @@ def test_everything_comes_back_bit_equal(variant: str, dtype: torch.dtype, tmp_p
     for name, tensor in policy.state_dict().items():
         assert loaded.state_dict()[name].dtype == dtype
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert policy.statistics is not None and loaded.statistics is not None
-    for kept, read in zip(
-        policy.statistics.mean + policy.statistics.std, loaded.statistics.mean + loaded.statistics.std, strict=True
-    ):
+    before, after = statistics_of(policy), statistics_of(loaded)
+    assert before is not None and after is not None
+    for kept, read in zip(before.mean + before.std, after.mean + after.std, strict=True):
         assert torch.equal(kept, read)
     assert loaded.source == policy.source
     assert loaded.training == policy.training
-    assert (loaded.method, loaded.batch_statistics) == (policy.method, policy.batch_statistics)
+    assert (loaded.method, loaded.adapts) == (policy.method, policy.adapts)
+    assert [part.to_dict() for part in loaded.listed] == [part.to_dict() for part in policy.listed]
+    assert list(loaded.parts) == ["batch_statistics"]
     assert isinstance(loaded.rule, GradientGenerator) and isinstance(policy.rule, GradientGenerator)
     assert (loaded.rule.config, loaded.rule.tensors) == (policy.rule.config, policy.rule.tensors)
     assert loaded.objective is not None and policy.objective is not None
-    assert loaded.objective.to_config() == policy.objective.to_config()
+    assert loaded.objective.learned == policy.objective.learned
+    assert loaded.objective.to_dict()["weights"] == policy.objective.to_dict()["weights"]
 
 
 def test_a_loaded_policy_adapts_bit_equally(saved: Path) -> None:
@@ -124,51 +118,52 @@ def test_foreign_files_are_refused(foreign: object, tmp_path: Path) -> None:
         AdaptationPolicy.load(tmp_path / "foreign.pt")
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, 3, None, "2"])
 def test_another_version_is_refused(version: object) -> None:
-    values = {**policy_to_dict(tiny_policy(tiny_model())), "version": version}
-    with pytest.raises(CheckpointError, match=f"has version {version}; this release reads version 1"):
-        policy_from_dict(values)
+    values = {**tiny_policy(tiny_model()).to_dict(), "version": version}
+    with pytest.raises(CheckpointError, match=f"has version {version}; this release reads version 2"):
+        AdaptationPolicy.from_dict(values)
 
 
 @pytest.mark.parametrize("part", ["weights", "statistics"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_tensors_that_are_not_finite_are_refused(part: str, value: float) -> None:
-    values = policy_to_dict(tiny_policy(tiny_model()))
-    tensor = values["weights"]["rule.log_step_sizes"] if part == "weights" else values["statistics"]["std"][1]
+    values = tiny_policy(tiny_model()).to_dict()
+    known = values["objective"]["terms"]["discrepancy"]
+    tensor = values["weights"]["rule.log_step_sizes"] if part == "weights" else known["std"][1]
     tensor[1] = value
     with pytest.raises(CheckpointError, match="NaN or infinity"):
-        policy_from_dict(values)
+        AdaptationPolicy.from_dict(values)
 
 
 def test_missing_or_unfit_parts_are_refused() -> None:
-    good = policy_to_dict(tiny_policy(tiny_model()))
-    policy_from_dict(good)
+    good = tiny_policy(tiny_model()).to_dict()
+    AdaptationPolicy.from_dict(good)
     for key in set(good) - {"format", "version"}:
         with pytest.raises(CheckpointError, match="is damaged"):
-            policy_from_dict({name: value for name, value in good.items() if name != key})
+            AdaptationPolicy.from_dict({name: value for name, value in good.items() if name != key})
         with pytest.raises(CheckpointError, match="is damaged"):
-            policy_from_dict({**good, key: 3.5 if key not in ("method", "batch_statistics") else None} | _unset(key))
+            AdaptationPolicy.from_dict({**good, key: 3.5 if key != "method" else None} | _unset(key))
     for weights in (
         {},
         {**good["weights"], "extra": torch.zeros(1)},
         {**good["weights"], "rule.memory.key": torch.zeros(3)},
     ):
         with pytest.raises(CheckpointError, match="is damaged"):
-            policy_from_dict({**good, "weights": weights})
+            AdaptationPolicy.from_dict({**good, "weights": weights})
     for key, value in (("variant", "other"), ("lr", -1.0), ("speed", 3)):
         with pytest.raises(CheckpointError, match="is damaged"):
-            policy_from_dict({**good, "generator": {**good["generator"], key: value}})
+            AdaptationPolicy.from_dict({**good, "generator": {**good["generator"], key: value}})
 
 
 def _unset(key: str) -> dict[str, Any]:
-    """A wrong name or flag alone cannot be told from a right one; break something beside it."""
-    return {"weights": None} if key in ("method", "batch_statistics") else {}
+    """A wrong name alone cannot be told from a right one; break something beside it."""
+    return {"weights": None} if key == "method" else {}
 
 
 def test_other_models_are_refused(saved: Path) -> None:
     policy = AdaptationPolicy.load(saved)
-    check_source(policy, tiny_model())
+    policy.check_source(tiny_model())
 
     class OtherNet(type(tiny_net())):
         pass
@@ -196,7 +191,8 @@ def test_running_buffers_are_part_of_the_weights(saved: Path) -> None:
 
 def test_a_method_that_was_never_trained_is_not_saved(tmp_path: Path) -> None:
     tent = build_method(MethodConfig("tent", update="adam", objective={"entropy": 1.0}))
-    for method in (tent, AdaptationPolicy("source"), build_method(MethodConfig("bn"))):
+    bn = build_method(MethodConfig("bn", parts={"batch_statistics": True}))
+    for method in (tent, AdaptationPolicy("source"), bn):
         with pytest.raises(CheckpointError, match="cannot be saved as a policy"):
             method.save(tmp_path / "ckpt.pt")
     assert not list(tmp_path.iterdir())
@@ -217,25 +213,26 @@ def test_a_failing_write_keeps_the_old_file(saved: Path, failing: str, monkeypat
 
 def test_saving_does_not_touch_the_policy() -> None:
     policy = tiny_policy(tiny_model())
-    values = policy_to_dict(policy)
+    values = policy.to_dict()
     values["weights"]["rule.log_step_sizes"].fill_(7.0)
     assert not bool((policy.state_dict()["rule.log_step_sizes"] == 7.0).any())
 
 
 def test_restoration_and_gate_come_back(tmp_path: Path) -> None:
-    policy = tiny_policy(tiny_model())
-    policy.restoration, policy.gate = SourceRestoration(RestorationConfig(peak=0.6)), LearnedGate()
+    restoration, gate = Restoration(RestorationConfig(peak=0.6)), UpdateGate()
+    policy = with_parts(tiny_policy(tiny_model()), restoration, gate)
     with torch.no_grad():
-        policy.restoration.log_width.add_(0.2)
-        policy.gate.bias.add_(0.3)
+        restoration.log_width.add_(0.2)
+        gate.bias.add_(0.3)
     policy.save(tmp_path / "ckpt.pt")
     loaded = AdaptationPolicy.load(tmp_path / "ckpt.pt")
-    assert loaded.restoration is not None and loaded.restoration.config == RestorationConfig(peak=0.6)
+    assert loaded.part("restoration").config == RestorationConfig(peak=0.6)
     for name, tensor in policy.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    values = policy_to_dict(policy)
-    for key in ("restoration", "gate"):
+    values = policy.to_dict()
+    for key in ("restoration", "update_gate"):
         with pytest.raises(CheckpointError, match="is damaged"):
-            policy_from_dict({name: value for name, value in values.items() if name != key})
+            without = {name: part for name, part in values["parts"].items() if name != key}
+            AdaptationPolicy.from_dict({**values, "parts": without})
         with pytest.raises(CheckpointError, match="is damaged"):
-            policy_from_dict({**values, key: 3.5})
+            AdaptationPolicy.from_dict({**values, "parts": {**values["parts"], key: 3.5}})

@@ -1,7 +1,9 @@
 """The update gate: its equation, what a closed one leaves alone, and what it saves."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,21 +13,26 @@ from torch import Tensor
 from metaopt.errors import ConfigError
 from metaopt.evaluation import MemoryMeter
 from metaopt.online import OnlineAdapter
-from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRestoration, build_method
-from metaopt.policy.gate import OLDEST, GateState, LearnedGate, PeriodicGate, straight_through
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.policy.part import Part
+from metaopt.policy.parts.restoration import Restoration, RestorationConfig
+from metaopt.policy.parts.update_gate import OLDEST, GateState, UpdateGate, straight_through
 
-from ..tiny import assert_goes_on, random_images, tiny_model, tiny_policy
+from ..tiny import BARE, assert_goes_on, random_images, tiny_model, tiny_policy, with_parts
 
-TENT = MethodConfig("tent", update="adam", lr=0.01, objective={"entropy": 1.0})
+TENT = MethodConfig("tent", update="adam", lr=0.01, objective={"entropy": 1.0}, parts=dict(BARE))
 
 
-def gated(bias: float) -> AdaptationPolicy:
-    policy = tiny_policy(tiny_model())
-    policy.gate = LearnedGate()
-    with torch.no_grad():
-        policy.gate.weights.zero_()
-        policy.gate.bias.fill_(bias)
-    return policy
+def every(batches: int) -> dict[str, Any]:
+    """A method's parts with a periodic gate."""
+    return {**BARE, "update_gate": {"every": batches}}
+
+
+def gated(bias: float, *parts: Part, weights: Sequence[float] = (0.0, 0.0, 0.0, 0.0)) -> AdaptationPolicy:
+    gate = UpdateGate()
+    gate.weights.data = torch.tensor(weights)
+    gate.bias.data.fill_(bias)
+    return with_parts(tiny_policy(tiny_model()), gate, *parts)
 
 
 def state(age: float, rest: float, entropy: float) -> GateState:
@@ -33,19 +40,19 @@ def state(age: float, rest: float, entropy: float) -> GateState:
 
 
 def test_weighs_its_signals_as_the_equation_says() -> None:
-    gate = LearnedGate()
+    gate = UpdateGate()
     gate.weights.data = torch.tensor([0.3, -0.7, 0.2, 1.5])
     gate.bias.data.fill_(-0.4)
-    found = gate(state(3.0, 1.0, 0.6), torch.tensor(7.0)).item()
+    found = gate.z(state(3.0, 1.0, 0.6), torch.tensor(7.0)).item()
     expected = 0.3 * math.log(7) - 0.7 * math.log(4) + 0.2 * math.log(2) + 1.5 * 0.6 - 0.4
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_domain_that_goes_on_grows_no_older_than_the_tasks_and_is_updated_on_again() -> None:
-    gate = LearnedGate()  # weights and bias with which meta-training starts
-    eighth, twentieth = (gate(state(age, 3.0, 0.5), torch.tensor(1.0)).item() for age in (OLDEST, 20.0))
-    assert twentieth == eighth < gate(state(OLDEST - 1, 3.0, 0.5), torch.tensor(1.0)).item()
-    rested = [gate(state(50.0, rest, 0.5), torch.tensor(1.0)).item() > 0 for rest in (0.0, 20.0)]
+    gate = UpdateGate()  # weights and bias with which meta-training starts
+    eighth, twentieth = (gate.z(state(age, 3.0, 0.5), torch.tensor(1.0)).item() for age in (OLDEST, 20.0))
+    assert twentieth == eighth < gate.z(state(OLDEST - 1, 3.0, 0.5), torch.tensor(1.0)).item()
+    rested = [gate.z(state(50.0, rest, 0.5), torch.tensor(1.0)).item() > 0 for rest in (0.0, 20.0)]
     assert rested == [False, True]
 
 
@@ -77,27 +84,22 @@ def test_a_closed_gate_predicts_alone_holds_nothing_and_changes_nothing() -> Non
     assert adapter.updates == 0 and adapter.guard.events["skipped"] == 1
     for name, tensor in adapter.layout.take(adapter.model).items():
         assert torch.equal(adapter.parameters[name], tensor)
-    assert not any(moment.any() for moment in adapter.state.rule.moments if isinstance(moment, Tensor))
+    assert not any(moment.any() for moment in adapter.state["rule"].moments if isinstance(moment, Tensor))
 
 
 def test_closed_steps_do_not_chain_their_graphs() -> None:
-    policy = gated(-9.0)
-    policy.restoration = SourceRestoration()
-    adapter = OnlineAdapter(tiny_model(), policy)
+    adapter = OnlineAdapter(tiny_model(), gated(-9.0, Restoration()))
     for seed in range(3):
         adapter(random_images(16, seed))
     assert all(tensor.is_leaf for tensor in adapter.parameters.values())
 
 
 def test_it_remembers_age_rest_and_entropy() -> None:
-    policy = gated(0.0)
-    assert isinstance(policy.gate, LearnedGate)
-    policy.gate.weights.data = torch.tensor([0.0, -10.0, 0.0, 0.0])  # open at the first batch of a domain alone
-    policy.gate.bias.data.fill_(1.0)
+    policy = gated(1.0, weights=(0.0, -10.0, 0.0, 0.0))  # open at the first batch of a domain alone
     adapter = OnlineAdapter(tiny_model(), policy)
     outputs = [adapter.step(random_images(16, seed)) for seed in range(3)]
     assert [output.updated for output in outputs] == [True, False, False]
-    age, rest, entropy = (value.item() for value in adapter.state.gate)
+    age, rest, entropy = (value.item() for value in adapter.state["update_gate"])
     probabilities = outputs[-1].logits.softmax(dim=1)
     expected = -(probabilities * probabilities.log()).sum(dim=1).mean().item() / math.log(probabilities.shape[1])
     assert (age, rest) == (3.0, 2.0) and entropy == pytest.approx(expected, rel=1e-5)
@@ -105,41 +107,49 @@ def test_it_remembers_age_rest_and_entropy() -> None:
 
 
 def test_a_periodic_gate_updates_on_every_nth_batch_from_the_first() -> None:
-    adapter = OnlineAdapter(tiny_model(), build_method(replace(TENT, update_every=3)))
+    adapter = OnlineAdapter(tiny_model(), build_method(replace(TENT, parts=every(3))))
     found = [adapter.step(random_images(16, seed)).updated for seed in range(7)]
     assert found == [True, False, False, True, False, False, True]
 
 
+def test_a_period_begins_anew_where_a_new_domain_does() -> None:
+    policy = with_parts(build_method(replace(TENT, parts=every(4))), Restoration(RestorationConfig(threshold=8.0)))
+    adapter = OnlineAdapter(tiny_model(), policy)
+    stream = [random_images(32, seed) * (1.0 if seed < 6 else 0.3) for seed in range(11)]
+    updated = [position for position, images in enumerate(stream) if adapter.step(images).updated]
+    assert adapter.guard.events["restored"] == 1 and updated == [0, 4, 6, 10]
+
+
 def test_a_periodic_gate_of_one_is_the_method_without() -> None:
     model = tiny_model()
-    every, plain = (OnlineAdapter(model, build_method(config)) for config in (replace(TENT, update_every=1), TENT))
+    configs = replace(TENT, parts=every(1)), TENT
+    gate, plain = (OnlineAdapter(model, build_method(config)) for config in configs)
     for seed in range(3):
-        assert torch.equal(every(random_images(16, seed)), plain(random_images(16, seed)))
+        assert torch.equal(gate(random_images(16, seed)), plain(random_images(16, seed)))
 
 
 def test_a_period_replaces_the_learned_gate_and_only_the_policy_has_that() -> None:
     policy = gated(0.0)
-    config = MethodConfig("policy", update="generator", objective_from_policy=True)
-    assert build_method(config, policy=policy).gate is policy.gate
-    assert build_method(TENT, policy=policy).gate is None
-    assert isinstance(build_method(replace(config, update_every=2), policy=policy).gate, PeriodicGate)
-    with pytest.raises(ConfigError, match=r"method.update_every is 0; it must be at least 1"):
-        build_method(replace(config, update_every=0), policy=policy)
+    config = MethodConfig("policy", update="generator", objective_from_policy=True, inherit=True)
+    assert build_method(config, policy=policy).part("update_gate") is policy.part("update_gate") is not None
+    assert build_method(TENT, policy=policy).part("update_gate") is None
+    periodic = build_method(replace(config, parts={"update_gate": {"every": 2}}), policy=policy).part("update_gate")
+    assert periodic.config.every == 2 and not list(periodic.parameters())
+    with pytest.raises(ConfigError, match=r"update_gate.every is 0; it must be at least 1"):
+        build_method(replace(config, parts={"update_gate": {"every": 0}}), policy=policy)
 
 
 def test_save_and_load_go_on_bit_for_bit(tmp_path) -> None:
-    policy = gated(0.5)
-    assert isinstance(policy.gate, LearnedGate)
-    policy.gate.weights.data = torch.tensor([0.0, 0.0, 1.0, -1.0])
+    policy = gated(0.5, weights=(0.0, 0.0, 1.0, -1.0))
     stream = [random_images(16, seed) for seed in range(6)]
     assert_goes_on(lambda: OnlineAdapter(tiny_model(), policy), stream, 3, tmp_path / "state.pt")
 
 
 def test_a_periodic_gate_runs_where_no_shift_can_be_watched() -> None:
-    config = replace(TENT, adapts="all", update_every=2)
+    config = replace(TENT, adapts="all", parts=every(2))
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=4)
     adapter = OnlineAdapter(vit.eval(), build_method(config))
     assert [adapter.step(random_images(8, seed)).updated for seed in range(4)] == [True, False, True, False]
-    with pytest.raises(ConfigError, match=r"method.restoration does not go with adapts=all"):
-        replace(config, restoration=True)
+    with pytest.raises(ConfigError, match=r"method.parts.restoration does not go with adapts=all"):
+        replace(config, parts={**every(2), "restoration": True})

@@ -6,54 +6,60 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaopt.configs.sections import MethodSection
 from metaopt.errors import ConfigError
-from metaopt.inner_loop import UnrollConfig, learned_tensors, meta_gradient, unrolled_loss
-from metaopt.inner_loop.func import gradients_of
 from metaopt.meta import MetaTrainer
+from metaopt.meta.evaluate import unrolled_loss
+from metaopt.meta.meta_gradient import meta_gradient
+from metaopt.meta.unroll import UnrollConfig, learned_tensors
+from metaopt.models import SourceModel
 from metaopt.online import OnlineAdapter
+from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import detached, flatten
-from metaopt.policy import (
-    AdaptationPolicy,
-    LearnedInitialization,
-    MethodConfig,
-    RestorationConfig,
-    SourceRestoration,
-    build_method,
-    policy_from_dict,
-    policy_to_dict,
-    transferred,
-)
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method, transferred
+from metaopt.policy.method import DEFAULT_PARTS
+from metaopt.policy.part import Part
+from metaopt.policy.parts.initialization import Initialization, InitializationConfig
+from metaopt.policy.parts.restoration import Restoration, RestorationConfig
+from metaopt.policy.step import StepContext, evaluate_on
 from metaopt.types import Parameters
 
-from ..inner_loop.cases import GRADIENTS, MODELS, TeacherLoss, images, policy_for, start, task
-from ..tiny import random_images, tiny_config, tiny_model, tiny_policy
+from ..meta.cases import GRADIENTS, MODELS, TeacherLoss, images, policy_for, start, task
+from ..tiny import BARE, random_images, tiny_config, tiny_model, tiny_policy, with_parts
 
-LEARNED = MethodConfig("policy", update="generator", objective_from_policy=True, initialization=True)
+OFFSET = "parts.initialization.offset"
+LEARNED = MethodConfig("policy", update="generator", objective_from_policy=True, parts={**BARE, "initialization": True})
 TENT = {"update": "adam", "objective": {"entropy": 1.0}}
 
 
-def case(model: str = "resnet") -> tuple[AdaptationPolicy, Parameters]:
+def untrained(model: SourceModel) -> Initialization:
+    return Initialization.build(InitializationConfig(), model)
+
+
+def initialization_of(policy: AdaptationPolicy) -> Initialization:
+    found = policy.part("initialization")
+    assert isinstance(found, Initialization)
+    return found
+
+
+def case(model: str = "resnet", *parts: Part) -> tuple[AdaptationPolicy, Parameters]:
     network = MODELS[model]()
-    policy = policy_for(network, "residual")
-    policy.initialization = LearnedInitialization.of(network).double()
+    policy = policy_for(network, "residual", parts=[untrained(network), *parts])
     torch.manual_seed(3)
-    policy.initialization.offset.data.normal_(std=0.1)
+    initialization_of(policy).offset.data.normal_(std=0.1)
     return policy, start(network)
 
 
 def tiny_case() -> AdaptationPolicy:
-    policy = tiny_policy(tiny_model())
-    policy.initialization = LearnedInitialization.of(tiny_model())
-    policy.initialization.offset.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    return policy
+    initialization = untrained(tiny_model())
+    initialization.offset.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return with_parts(tiny_policy(tiny_model()), initialization)
 
 
 def test_it_moves_the_tensors_that_it_knows() -> None:
-    learned = LearnedInitialization({"b": 2, "a": 4})
+    learned = Initialization(InitializationConfig(decay=1.0), {"b": 2, "a": 4})
     learned.offset.data = torch.arange(6.0)
     given = {"a": torch.ones(2, 2), "other": torch.ones(1), "b": torch.zeros(2)}
-    found = learned(given)
+    found = learned.start(given)
     assert list(found) == ["a", "other", "b"] and found["other"] is given["other"]
     assert torch.equal(found["a"], torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
     assert torch.equal(found["b"], torch.tensor([0.0, 1.0]))
@@ -75,7 +81,7 @@ def test_the_unroll_is_deployment(gradient: str, model: str) -> None:
             targets = batches[position].targets
             assert targets is not None
             torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, targets), loss, rtol=0, atol=1e-12)
-    policy.initialization = None
+    del policy.parts["initialization"]
     without = unrolled_loss(policy, MODELS[model](), parameters, batches, TeacherLoss())
     assert not torch.allclose(torch.stack(without), torch.stack(taken.losses), rtol=1e-4)
 
@@ -83,13 +89,13 @@ def test_the_unroll_is_deployment(gradient: str, model: str) -> None:
 def test_its_first_order_gradient_is_the_mean_of_the_positions_gradients() -> None:
     policy, parameters = case()
     steps, batches, network = 3, task(3), MODELS["resnet"]()
-    found = meta_gradient(policy, network, parameters, None, batches, TeacherLoss()).gradients["initialization.offset"]
+    found = meta_gradient(policy, network, parameters, None, batches, TeacherLoss()).gradients[OFFSET]
     assert policy.rule is not None
     theta: Parameters = {name: tensor.detach() for name, tensor in policy.start(parameters).items()}
     state, expected = policy.rule.init(parameters), torch.zeros_like(found)
     for position in range(steps + 1):
         here = detached(theta)
-        output = policy.evaluate(network, here, batches[position].images)
+        output = evaluate_on(policy, network, here, batches[position].images)
         if position > 0:
             score = TeacherLoss()(output, batches[position])
             expected += flatten(gradients_of(score, here, retain_graph=True)) / steps
@@ -102,15 +108,13 @@ def test_its_first_order_gradient_is_the_mean_of_the_positions_gradients() -> No
 
 @pytest.mark.parametrize("restores", [False, True])
 def test_its_full_gradient_is_that_of_finite_differences(restores: bool) -> None:
-    policy, parameters = case()
-    if restores:
-        policy.restoration = SourceRestoration(RestorationConfig(base=0.2, peak=0.6, threshold=3.0)).double()
+    restoration = Restoration(RestorationConfig(base=0.2, peak=0.6, threshold=3.0))
+    policy, parameters = case("resnet", *([restoration] if restores else []))
     network, batches = MODELS["resnet"](), task(3)
-    initialization = policy.initialization
-    assert initialization is not None
+    initialization = initialization_of(policy)
     found = meta_gradient(
         policy, network, parameters, None, batches, TeacherLoss(), config=UnrollConfig("full", term_steps=None)
-    ).gradients["initialization.offset"]
+    ).gradients[OFFSET]
 
     def loss() -> float:
         return float(torch.stack(unrolled_loss(policy, network, parameters, batches, TeacherLoss())).mean())
@@ -129,35 +133,34 @@ def test_its_full_gradient_is_that_of_finite_differences(restores: bool) -> None
 def test_meta_training_learns_it_from_the_teacher_and_not_from_its_own_objective() -> None:
     for loss in ("clean_teacher", "unsupervised"):
         trainer = MetaTrainer(tiny_model(), random_images(32), None, tiny_config(loss=loss, epochs=1))
-        learned = trainer.policy.initialization
         if loss == "unsupervised":
-            assert learned is None
+            assert trainer.policy.part("initialization") is None
             continue
-        assert learned is not None and "initialization.offset" in learned_tensors(trainer.policy)
+        learned = initialization_of(trainer.policy)
+        assert OFFSET in learned_tensors(trainer.policy)
         assert not learned.offset.any()
         trainer.run()
         assert learned.offset.any()
-    trainer = MetaTrainer(tiny_model(), random_images(32), None, tiny_config(initialization=False))
-    assert trainer.policy.initialization is None
+    config = tiny_config(parts={**DEFAULT_PARTS, "initialization": False})
+    assert MetaTrainer(tiny_model(), random_images(32), None, config).policy.part("initialization") is None
 
 
 def test_decay_holds_it_at_the_source() -> None:
     norms = []
     for decay in (0.0, 100.0):
-        config = tiny_config(initialization_decay=decay, unrolls=6, epochs=1, select_best=False)
+        parts = {**DEFAULT_PARTS, "initialization": {"decay": decay}}
+        config = tiny_config(parts=parts, unrolls=6, epochs=1, select_best=False)
         trainer = MetaTrainer(tiny_model(), random_images(32), None, config)
         trainer.run()
-        assert trainer.policy.initialization is not None
-        norms.append(float(trainer.policy.initialization.penalty().detach()))
+        norms.append(float(initialization_of(trainer.policy).offset.detach().square().sum()))
     assert norms[1] < norms[0] / 2
 
 
 def test_an_adapter_starts_there_and_reset_and_restoration_come_back_there() -> None:
     policy = tiny_case()
-    assert policy.initialization is not None
     source = tiny_model()
     own = start(source)
-    expected = policy.initialization({name: tensor.clone() for name, tensor in own.items()})
+    expected = initialization_of(policy).start({name: tensor.clone() for name, tensor in own.items()})
     before: dict[str, Tensor] = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     adapter = OnlineAdapter(source, policy)
     first = {name: tensor.detach().clone() for name, tensor in adapter.parameters.items()}
@@ -167,46 +170,46 @@ def test_an_adapter_starts_there_and_reset_and_restoration_come_back_there() -> 
     adapter.reset()
     assert all(torch.equal(adapter.parameters[name], first[name]) for name in first)
     assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
-    found = policy.initial(source, own)
+    found = StepContext(policy, source, own, {}, random_images(8)).start
     assert all(torch.equal(found[name], first[name]) for name in first)
 
 
 def test_the_file_brings_it_back_and_another_model_leaves_it_out() -> None:
-    assert policy_from_dict(policy_to_dict(tiny_policy(tiny_model()))).initialization is None
+    assert AdaptationPolicy.from_dict(tiny_policy(tiny_model()).to_dict()).part("initialization") is None
     policy = tiny_case()
-    loaded = policy_from_dict(policy_to_dict(policy))
-    assert loaded.initialization is not None and policy.initialization is not None
-    assert loaded.initialization.sizes == policy.initialization.sizes
+    loaded = AdaptationPolicy.from_dict(policy.to_dict())
+    assert initialization_of(loaded).sizes == initialization_of(policy).sizes
     batch = random_images(8)
     assert torch.equal(OnlineAdapter(tiny_model(), loaded)(batch), OnlineAdapter(tiny_model(), policy)(batch))
-    found, notes = transferred(policy, tiny_model(), lambda: policy.statistics)  # type: ignore[arg-type, return-value]
-    assert found.initialization is None and policy.initialization is not None
+    found, notes = transferred(policy, tiny_model())
+    assert found.part("initialization") is None and policy.part("initialization") is not None
     assert any(note.startswith("initialization: left out") for note in notes)
 
 
 def test_methods_start_at_the_source_unless_told_otherwise() -> None:
     policy = tiny_case()
-    assert build_method(LEARNED, policy=policy).initialization is policy.initialization
-    assert build_method(MethodConfig("mgtta", update="generator"), policy=policy).initialization is None
+    assert build_method(LEARNED, policy=policy).part("initialization") is policy.part("initialization")
+    mgtta = MethodConfig("mgtta", update="generator", parts=dict(BARE))
+    assert build_method(mgtta, policy=policy).part("initialization") is None
     for method, updates in (("tent", TENT), ("bn", {})):
-        assert build_method(MethodConfig(method, **updates), policy=policy).initialization is None
-        config = MethodConfig(method, **updates, initialization=True)
+        without = MethodConfig(method, **updates, parts=dict(BARE))
+        assert build_method(without, policy=policy).part("initialization") is None
+        config = MethodConfig(method, **updates, parts={**BARE, "initialization": True})
         batch = random_images(8)
         logits = OnlineAdapter(tiny_model(), build_method(config, policy=policy))(batch)
-        plain = OnlineAdapter(tiny_model(), build_method(MethodConfig(method, **updates)))(batch)
+        plain = OnlineAdapter(tiny_model(), build_method(without))(batch)
         assert not torch.allclose(logits, plain, rtol=1e-3)
-        with pytest.raises(ConfigError, match=r"'\w+' has initialization=true and no policy.*give a policy"):
+        with pytest.raises(ConfigError, match=r"'\w+' has parts.initialization and no policy.*give a policy"):
             build_method(config)
-    policy.initialization = None
-    assert build_method(LEARNED, policy=policy).initialization is None
+    del policy.parts["initialization"]
+    assert build_method(LEARNED, policy=policy).part("initialization") is None
 
 
 def test_without_an_offset_it_is_the_source() -> None:
     policy, _ = case()
-    assert policy.initialization is not None
-    policy.initialization.offset.data.zero_()
+    initialization_of(policy).offset.data.zero_()
     with_it = OnlineAdapter(MODELS["resnet"](), policy)
-    policy.initialization = None
+    del policy.parts["initialization"]
     without = OnlineAdapter(MODELS["resnet"](), policy)
     for seed in range(3):
         assert torch.equal(with_it(images(seed)), without(images(seed)))
@@ -215,15 +218,15 @@ def test_without_an_offset_it_is_the_source() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"initialization_lr": 0.0}, r"meta.initialization_lr is 0.0; it must be positive and finite"),
-        ({"initialization_decay": -1.0}, r"meta.initialization_decay is -1.0; it must be finite and 0 or more"),
+        ({"lr": 0.0}, r"initialization.lr is 0.0; it must be positive and finite"),
+        ({"decay": -1.0}, r"initialization.decay is -1.0; allowed is finite values of at least 0"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        tiny_config(**changes)
+        tiny_config(parts={**DEFAULT_PARTS, "initialization": changes})
 
 
-def test_a_section_that_starts_there_asks_for_a_policy() -> None:
-    section = MethodSection("tent", update="adam", objective={"entropy": 1.0})
-    assert not section.needs_policy and replace(section, initialization=True).needs_policy
+def test_a_method_that_starts_there_asks_for_a_policy() -> None:
+    config = MethodConfig("tent", update="adam", objective={"entropy": 1.0})
+    assert not config.needs_policy and replace(config, parts={"initialization": True}).needs_policy

@@ -1,6 +1,7 @@
 """Compositions: each method is what its name says, by independent computations."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,15 +9,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from metaopt.errors import ConfigError
-from metaopt.generator import SGD, Adam, GeneratorConfig, GradientGenerator
 from metaopt.models import SourceModel
+from metaopt.objectives import WeightedObjective
 from metaopt.online import OnlineAdapter
-from metaopt.parameters import adapted_layout
+from metaopt.optimizers.adam import Adam
+from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
+from metaopt.optimizers.sgd import SGD
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method, new_policy
 
-from ..tiny import TinyNet, random_images, tiny_model, tiny_net, tiny_policy
+from ..tiny import BARE, TinyNet, random_images, statistics_of, tiny_model, tiny_net, tiny_policy
 
-TENT = MethodConfig("tent", update="adam", lr=1e-2, objective={"entropy": 1.0})
+TENT = MethodConfig("tent", update="adam", lr=1e-2, objective={"entropy": 1.0}, parts=dict(BARE))
 BATCHES = [random_images(12, seed, torch.float64) for seed in range(6)]
 
 
@@ -47,7 +50,7 @@ def descend(net: TinyNet, optimizer: torch.optim.Optimizer, loss_of: object, cou
 
 def test_source_is_the_model_in_eval() -> None:
     net = tiny_net(dtype=torch.float64)
-    method = build_method(MethodConfig("source", batch_statistics=False))
+    method = build_method(MethodConfig("source"))
     adapter = OnlineAdapter(net, method)
     plain = tiny_net(dtype=torch.float64).eval()
     for images in BATCHES:
@@ -56,7 +59,7 @@ def test_source_is_the_model_in_eval() -> None:
 
 
 def test_bn_is_the_model_under_batch_statistics() -> None:
-    adapter = OnlineAdapter(tiny_net(dtype=torch.float64), build_method(MethodConfig("bn")))
+    adapter = OnlineAdapter(tiny_net(dtype=torch.float64), build_method(MethodConfig("bn", parts=dict(BARE))))
     reference = batch_normalised(tiny_net(dtype=torch.float64))
     for images in BATCHES:
         expected = reference(images)
@@ -72,7 +75,7 @@ def test_bn_is_the_model_under_batch_statistics() -> None:
     ],
 )
 def test_tent_is_torchs_optimizer_on_the_entropy(update: str, optimizer) -> None:
-    config = MethodConfig("tent", update=update, lr=1e-2, objective={"entropy": 1.0})
+    config = replace(TENT, update=update)
     adapter = OnlineAdapter(tiny_net(dtype=torch.float64), build_method(config))
     reference = batch_normalised(tiny_net(dtype=torch.float64))
     expected = descend(reference, optimizer(norm_tensors(reference)), entropy)
@@ -91,7 +94,7 @@ def test_tent_is_torchs_optimizer_on_the_entropy(update: str, optimizer) -> None
 def test_adam_descends_the_policys_objective_with_its_learned_weights() -> None:
     model = tiny_model(dtype=torch.float64)
     policy = tiny_policy(model, objective={"slr": 1.0, "diversity": 0.5})
-    config = MethodConfig("adam", update="adam", lr=1e-2, objective={"entropy": 3.0}, objective_from_policy=True)
+    config = replace(TENT, name="adam", objective={"entropy": 3.0}, objective_from_policy=True)
     adapter = OnlineAdapter(model, build_method(config, policy=policy))
     assert policy.objective is not None
     weights = {name: float(weight.detach()) for name, weight in policy.objective.weights().items()}
@@ -111,10 +114,8 @@ def test_adam_descends_the_policys_objective_with_its_learned_weights() -> None:
 
 def test_a_generator_at_its_start_is_adam() -> None:
     model = tiny_model(dtype=torch.float64)
-    names = adapted_layout(model).names
-    policy = new_policy(GeneratorConfig(lr=1e-2, clamp=1e6), {"entropy": 1.0}, names, learned_objective=False).to(
-        torch.float64
-    )
+    config = GeneratorConfig(lr=1e-2, clamp=1e6)
+    policy = new_policy(model, config, {"entropy": 1.0}, BARE, learned_objective=False).to(torch.float64)
     adapter = OnlineAdapter(model, policy)
     reference = batch_normalised(tiny_net(dtype=torch.float64))
     optimizer = torch.optim.Adam(norm_tensors(reference), lr=1e-2, betas=(0.9, 0.99))
@@ -131,7 +132,7 @@ def test_another_rate_scales_the_generator_and_nothing_else() -> None:
     assert (faster.rule.config.lr, policy.rule.config.lr) == (0.05, GeneratorConfig().lr)
     for name, tensor in policy.rule.state_dict().items():
         assert torch.equal(faster.rule.state_dict()[name], tensor)
-    assert faster.source == policy.source and faster.statistics is policy.statistics
+    assert faster.source == policy.source and faster.objective is policy.objective
 
 
 def test_rates_default_to_the_rules_own() -> None:
@@ -142,15 +143,17 @@ def test_rates_default_to_the_rules_own() -> None:
 def test_an_objective_given_wins_over_the_policys_unless_asked() -> None:
     policy = tiny_policy(tiny_model())
     own = MethodConfig("mgtta", update="generator", objective={"entropy": 1.0, "discrepancy": 0.4, "slr": 0.0})
-    objective = build_method(own, policy=policy).objective
-    assert objective is not None and list(objective.weights()) == ["entropy", "discrepancy"]
+    method = build_method(own, policy=policy)
+    assert method.objective is not None and list(method.objective.weights()) == ["entropy", "discrepancy"]
+    # The policy's statistics of the source serve any objective.
+    torch.testing.assert_close(statistics_of(method), statistics_of(policy), rtol=0, atol=0)
     assert build_method(MethodConfig("adam", update="adam"), policy=policy).objective is policy.objective
     none = MethodConfig("policy", update="generator", objective={"entropy": 0.0, "slr": 0.0})
     assert build_method(none, policy=policy).objective is policy.objective
 
 
 def test_refusals_say_what_to_do() -> None:
-    with pytest.raises(ConfigError, match=r"method.update is 'adamw'; allowed are none, adam, sgd, generator"):
+    with pytest.raises(ConfigError, match=r"method.update is 'adamw'; allowed are none, adam, sgd, .*generator"):
         MethodConfig("m", update="adamw")
     for lr in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="must be positive and finite"):
@@ -166,15 +169,19 @@ def test_refusals_say_what_to_do() -> None:
         build_method(MethodConfig("tent", update="adam", objective={"entrpy": 1.0}))
     with pytest.raises(ConfigError, match="has the objective's term teacher and no teacher"):
         build_method(MethodConfig("tent", update="adam", objective={"teacher": 1.0}))
-    with pytest.raises(ValueError, match="needs its settings"):
-        AdaptationPolicy("taught", predict_with="teacher")
+    with pytest.raises(ConfigError, match=r"method.rule does not go with update=generator; allowed are adam, sgd"):
+        MethodConfig("policy", update="generator", rule={"betas": [0.9, 0.99]})
+    with pytest.raises(ValueError, match="learns from a teacher needs a part that is one"):
+        AdaptationPolicy("taught", WeightedObjective({"teacher": 1.0}), Adam())
     with pytest.raises(ValueError, match="needs an update rule"):
         AdaptationPolicy("half", rule=Adam())
 
 
 def test_new_policies_are_drawn_from_their_seed_alone() -> None:
+    model = tiny_model()
+
     def draw(seed: int) -> Tensor:
-        policy = new_policy(GeneratorConfig(), {"entropy": 1.0}, ("a",), learned_objective=True, seed=seed)
+        policy = new_policy(model, objective={"entropy": 1.0}, seed=seed)
         return torch.cat([tensor.detach().flatten() for tensor in policy.parameters()])
 
     before = torch.random.get_rng_state()
@@ -188,8 +195,9 @@ def test_new_policies_are_drawn_from_their_seed_alone() -> None:
 
 def test_moving_a_policy_moves_its_statistics() -> None:
     policy = tiny_policy(tiny_model()).to(torch.float64)
-    assert policy.statistics is not None
-    assert {tensor.dtype for tensor in (*policy.statistics.mean, *policy.statistics.std)} == {torch.float64}
+    statistics = statistics_of(policy)
+    assert statistics is not None
+    assert {tensor.dtype for tensor in (*statistics.mean, *statistics.std)} == {torch.float64}
 
 
 def test_a_layer_norm_model_adapts_too() -> None:

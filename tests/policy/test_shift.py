@@ -5,7 +5,15 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.models import SourceModel
-from metaopt.policy.shift import PIECE, WINDOW, ShiftReference, distance, image_statistics, init_reference, merged
+from metaopt.policy.parts.shift_distance import (
+    PIECE,
+    WINDOW,
+    ShiftReference,
+    distance,
+    image_statistics,
+    init_reference,
+    merged,
+)
 
 from ..tiny import random_images, tiny_model
 

@@ -5,12 +5,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metaopt.generator import SGD, VARIANTS, Adam
-from metaopt.inner_loop import InPlaceApply
 from metaopt.objectives import WeightedObjective
+from metaopt.optimizers.adam import Adam
+from metaopt.optimizers.mgg import VARIANTS
+from metaopt.optimizers.sgd import SGD
+from metaopt.optimizers.update import InPlaceApply
 from metaopt.parameters import adapted_layout, detached
-from metaopt.policy import AdaptationPolicy, PolicyState
-from metaopt.policy.state import copied_state, detached_state, state_from_list, state_to_list
+from metaopt.policy import AdaptationPolicy
+from metaopt.policy.parts.batch_statistics import BatchStatistics
+from metaopt.policy.state import State, copied_state, detached_state, state_from_dict, state_to_dict
+from metaopt.policy.step import adaptation_step
 
 from ..tiny import random_images, tiny_model, tiny_policy
 
@@ -19,37 +23,38 @@ def methods() -> dict[str, AdaptationPolicy]:
     generators = {variant: tiny_policy(tiny_model(), variant) for variant in VARIANTS}
     rules = {"adam": Adam(), "sgd": SGD()}
     return {
-        "source": AdaptationPolicy("source"),
+        "source": AdaptationPolicy("source", parts=[BatchStatistics()]),
         **{
-            name: AdaptationPolicy(name, rule=rule, objective=WeightedObjective({"slr": 1}))
+            name: AdaptationPolicy(name, WeightedObjective({"slr": 1}), rule, [BatchStatistics()])
             for name, rule in rules.items()
         },
         **generators,
     }
 
 
-def moved_state(policy: AdaptationPolicy, steps: int = 2) -> PolicyState:
+def moved_state(policy: AdaptationPolicy, steps: int = 2) -> State:
     """The state after a few batches."""
     model = tiny_model()
     parameters = detached({name: tensor.clone() for name, tensor in adapted_layout(model).take(model).items()})
     state = policy.init(parameters)
     apply = None if policy.rule is None else InPlaceApply(policy.rule)
     for seed in range(steps):
-        parameters, state, _ = policy.step(model, parameters, state, random_images(8, seed), apply)
+        parameters, state, _ = adaptation_step(policy, model, parameters, state, random_images(8, seed), apply)
     return state
 
 
-def leaves(state: PolicyState) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(state.rule) if isinstance(leaf, Tensor)]
+def leaves(state: State) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
 @pytest.mark.parametrize("name", methods())
 def test_there_and_back(name: str) -> None:
     policy = methods()[name]
     state = moved_state(policy)
-    tensors = state_to_list(state)
-    back = state_from_list(tensors, moved_state(policy, steps=0))
-    assert pytree.tree_structure(back.rule) == pytree.tree_structure(state.rule)
+    values = state_to_dict(state)
+    tensors = [tensor for part in values.values() for tensor in part]
+    back = state_from_dict(values, moved_state(policy, steps=0))
+    assert pytree.tree_structure(back) == pytree.tree_structure(state)
     assert len(leaves(back)) == len(leaves(state)) == len(tensors)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(leaves(back), leaves(state), strict=True))
     assert (name == "source") == (not tensors)
@@ -59,7 +64,7 @@ def test_there_and_back(name: str) -> None:
 def test_copies_share_nothing(name: str) -> None:
     state = moved_state(methods()[name])
     before = [leaf.clone() for leaf in leaves(state)]
-    for copy in (copied_state(state), state_from_list(state_to_list(state), state)):
+    for copy in (copied_state(state), state_from_dict(state_to_dict(state), state)):
         for leaf in leaves(copy):
             assert leaf.is_contiguous()
             leaf.zero_()
@@ -68,9 +73,12 @@ def test_copies_share_nothing(name: str) -> None:
 
 def test_another_rules_state_is_refused() -> None:
     adam, sgd, residual = (moved_state(methods()[name]) for name in ("adam", "sgd", "residual"))
-    for tensors, like in ((adam, sgd), (sgd, adam), (residual, adam), (adam, PolicyState())):
+    for tensors, like in ((adam, sgd), (sgd, adam), (residual, adam)):
         with pytest.raises(ValueError, match="belongs to another rule or another model"):
-            state_from_list(state_to_list(tensors), like)
+            state_from_dict(state_to_dict(tensors), like)
+    for tensors, like in ((adam, {}), ({}, adam)):
+        with pytest.raises(ValueError, match=r"has other parts \(rule\)"):
+            state_from_dict(state_to_dict(tensors), like)
 
 
 def test_detaching_cuts_the_graph_and_keeps_the_values() -> None:
@@ -85,4 +93,4 @@ def test_detaching_cuts_the_graph_and_keeps_the_values() -> None:
 def test_a_state_is_as_large_as_promised() -> None:
     """h² + h + 2 floats for each adapted scalar, and one counter."""
     policy, count = methods()["residual"], adapted_layout(tiny_model()).numel
-    assert sum(tensor.numel() for tensor in state_to_list(moved_state(policy))) == (64 + 8 + 2) * count + 1
+    assert sum(tensor.numel() for tensor in leaves(moved_state(policy))) == (64 + 8 + 2) * count + 1

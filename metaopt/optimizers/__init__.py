@@ -1,0 +1,1 @@
+"""Update rules: the meta gradient generator with its gradient memory layer, and the hand-made rules it replaces."""

@@ -1,0 +1,261 @@
+"""Compose a method from its parts: what the files under ``configs/method/`` say, made into a policy."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from metaopt import registry
+from metaopt.errors import ConfigError, check_one_of
+from metaopt.models import SourceModel
+from metaopt.objectives import WeightedObjective
+from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
+from metaopt.policy.adapts import ADAPTS
+from metaopt.policy.part import Part, settings
+from metaopt.policy.policy import AdaptationPolicy
+from metaopt.settings import checked
+from metaopt.types import UpdateRule
+
+RESTORABLE = ("norm", "experts_norm")  # what may adapt where shifts are told
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """One way of adapting online: an update rule, an objective, and parts.
+
+    Attributes:
+        name: for reports.
+        update: an update rule of `metaopt.registry.RULES`, "generator" for a policy's, or "none".
+        lr: of the rule; None: the policy's own base rate, or the rule's default.
+        rule: further settings of the rule, such as Adam's ``betas``; the rule has their defaults.
+        objective: weight of each term; without one above 0, the policy's, with its learned weights.
+        objective_from_policy: take that where a policy is given, and ``objective`` where none is.
+        adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
+        parts: settings of each part by its name: a mapping of those that differ from its defaults, or a plain value
+            for the first; true for the one that the policy has learned, where one is given; false or null for none.
+        inherit: have all parts of the policy that ``parts`` does not name.
+    """
+
+    name: str
+    update: str = "none"
+    lr: float | None = None
+    rule: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, float] = field(default_factory=dict)
+    objective_from_policy: bool = False
+    adapts: str = "norm"
+    parts: dict[str, Any] = field(default_factory=dict)
+    inherit: bool = False
+
+    def __post_init__(self) -> None:
+        """Check each choice and what they need of one another."""
+        check_one_of("method.update", self.update, ("none", *registry.RULES, "generator"))
+        check_one_of("method.adapts", self.adapts, ADAPTS)
+        named = self.named_parts()
+        if self.adapts.startswith("experts") and "experts" not in named:
+            raise ConfigError(
+                f"method.adapts is {self.adapts!r} and there are no experts; allowed without them are norm, all: give "
+                "method.parts.experts, as configs/method/moase.yaml does"
+            )
+        if "restoration" in named and self.adapts not in RESTORABLE:
+            raise ConfigError(
+                f"method.parts.restoration does not go with adapts={self.adapts}: a shift is told before the first "
+                f"normalisation layer, which nothing before may have changed; allowed are {', '.join(RESTORABLE)}: set "
+                "method.adapts=norm, or method.parts.restoration=false"
+            )
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"method.lr is {self.lr}; it must be positive and finite: set for example 0.001")
+        for name, weight in self.objective.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ConfigError(
+                    f"method.objective.{name}={weight} is out of range; allowed are finite weights of at least 0: "
+                    "set 0 to leave it out"
+                )
+        if self.update in registry.RULES:
+            self.build_rule()  # checks its own settings
+        elif self.rule:
+            raise ConfigError(
+                f"method.rule does not go with update={self.update}; allowed are {', '.join(registry.RULES)}: leave it "
+                "out"
+            )
+
+    def named_parts(self) -> dict[str, Any]:
+        """Class and settings of each part that is asked for, in the order of the registry.
+
+        Raises:
+            ConfigError: a part is unknown, or a setting of one is unknown or out of range.
+        """
+        for name in self.parts:
+            registry.get("part", name)
+        wanted = {n: self.parts[n] for n in registry.PARTS if not (self.parts.get(n) is None or self.parts[n] is False)}
+        return {
+            name: (value, settings(registry.get("part", name).Config, value, f"method.parts.{name}"))
+            for name, value in wanted.items()
+        }
+
+    def build_rule(self) -> UpdateRule:
+        """The hand-made update rule.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
+        kind = registry.get("update rule", self.update)
+        if "lr" in self.rule:
+            raise ConfigError(f"method.rule.lr is {self.rule['lr']}; a rule's rate is method.lr: set that instead")
+        values = checked(kind, self.rule, "method.rule")
+        return kind(**values, **({} if self.lr is None else {"lr": self.lr}))
+
+    @property
+    def needs_policy(self) -> bool:
+        """Whether the method cannot run without a meta-trained policy."""
+        return self.update == "generator" or any(
+            value is True and registry.get("part", name).learned_only for name, (value, _) in self.named_parts().items()
+        )
+
+    @property
+    def takes_objective(self) -> bool:
+        """Whether the objective is a policy's, where one is given."""
+        return self.update != "none" and (self.objective_from_policy or not any(self.objective.values()))
+
+
+def build_method(config: MethodConfig, *, policy: AdaptationPolicy | None = None) -> AdaptationPolicy:
+    """The composition that ``config`` describes.
+
+    Args:
+        config: the method.
+        policy: meta-trained policy, which the generator and, where asked, objective and parts come from.
+
+    Raises:
+        ConfigError: a generator or learned part without a policy, an update without an objective, or one that asks a
+            teacher without a teacher.
+    """
+    parts = _parts(config, policy)
+    if config.update == "none":
+        return AdaptationPolicy(config.name, parts=parts)
+    objective = _objective(config, policy)
+    if "teacher" in objective.needs and not any("teach" in part.acts for part in parts):
+        raise ConfigError(
+            f"method {config.name!r} has the objective's term teacher and no teacher; allowed without one are all "
+            "others: give method.parts.teacher, as configs/method/cotta.yaml does"
+        )
+    from_policy = policy is not None and config.update == "generator" and policy.part("experts") is not None
+    method = AdaptationPolicy(
+        config.name,
+        objective,
+        _generator(config, policy) if config.update == "generator" else config.build_rule(),
+        parts,
+        policy.adapts if policy is not None and from_policy else config.adapts,
+    )
+    if policy is not None:
+        method.source, method.training = policy.source, policy.training
+    return method
+
+
+def _parts(config: MethodConfig, policy: AdaptationPolicy | None) -> list[Part]:
+    """Those that are named, and the policy's where they are inherited or belong to its generator."""
+    learned = {} if policy is None else {part.name: part for part in policy.listed}
+    found: dict[str, Part] = {}
+    for name, (value, values) in config.named_parts().items():
+        part = learned.get(name) if value is True else None
+        part = registry.get("part", name)(values) if part is None else part
+        if part is not learned.get(name) and part.learned_only:
+            if policy is None:
+                raise ConfigError(
+                    f"method {config.name!r} has parts.{name} and no policy, which learns it; allowed without one is "
+                    f"false: set method.parts.{name}=false, or give a policy"
+                )
+            continue  # a policy that was trained without one runs without one
+        found[name] = part
+    if config.inherit:
+        found |= {name: part for name, part in learned.items() if name not in config.parts and not part.helper}
+    elif config.update == "generator" and "experts" in learned:  # its step sizes are theirs too
+        found["experts"] = learned["experts"]
+        if "teacher" in learned:
+            found.setdefault("teacher", learned["teacher"])
+    return [found[name] for name in registry.PARTS if name in found]
+
+
+def _objective(config: MethodConfig, policy: AdaptationPolicy | None) -> WeightedObjective:
+    if policy is not None and policy.objective is not None and config.takes_objective:
+        return policy.objective
+    weights = {name: weight for name, weight in config.objective.items() if weight != 0}
+    if not weights:
+        raise ConfigError(
+            f"method {config.name!r} has no objective; allowed are positive weights of {', '.join(registry.TERMS)}: "
+            "set for example method.objective.entropy=1, or give a policy"
+        )
+    objective = WeightedObjective(weights)
+    if policy is not None and policy.objective is not None:
+        for name, term in policy.objective.named_terms.items():  # what was taken of the source serves any objective
+            if name in objective.named_terms and (known := term.to_dict()):
+                objective.named_terms[name].load_dict(known)
+    return objective
+
+
+def _generator(config: MethodConfig, policy: AdaptationPolicy | None) -> GradientGenerator:
+    if policy is None or not isinstance(policy.rule, GradientGenerator):
+        raise ConfigError(
+            f"method {config.name!r} needs a meta-trained policy and got none; train one with pretrain/meta_train.py "
+            "and give it by --policy ckpt.pt"
+        )
+    trained = policy.rule
+    if config.lr is None:
+        return trained
+    generator = GradientGenerator(replace(trained.config, lr=config.lr), trained.tensors)
+    generator.to(next(trained.parameters()))
+    generator.load_state_dict(trained.state_dict())
+    return generator
+
+
+DEFAULT_PARTS: Mapping[str, Any] = {
+    "batch_statistics": 16,  # images: what Schneider et al. (NeurIPS 2020) found good across batch sizes
+    "initialization": True,
+    "restoration": True,
+    "class_balance": True,
+}
+"""Parts of a policy that is meta-trained by default, with their settings."""
+
+
+def new_policy(
+    model: SourceModel,
+    generator: GeneratorConfig | None = None,
+    objective: Mapping[str, float] | None = None,
+    parts: Mapping[str, Any] = DEFAULT_PARTS,
+    *,
+    learned_objective: bool = True,
+    seed: int = 0,
+) -> AdaptationPolicy:
+    """A policy before meta-training, drawn from ``seed``: it is tied to no model yet.
+
+    Args:
+        model: source model.
+        generator: settings of the generator.
+        objective: weight of each term at the start; terms of weight 0 are left out. None: SLR and diversity.
+        parts: settings of each part, as `MethodConfig.parts` says.
+        learned_objective: whether weights, and what could make an objective cheap, are learned.
+        seed: of the generator's and the parts' first values.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        ModelError: the model has nothing to adapt, or no place for a part.
+    """
+    given = {"slr": 1.0, "diversity": 1.0} if objective is None else objective
+    weights = {name: weight for name, weight in given.items() if weight != 0}
+    named = MethodConfig("policy", parts=dict(parts)).named_parts()
+    adapts = "experts_norm" if "experts" in named else "norm"
+
+    def build(name: str) -> Part:
+        return registry.get("part", name).build(named[name][1], model, seed)
+
+    with torch.random.fork_rng(devices=[]):
+        built = {name: build(name) for name in named if name == "experts"}  # first: their tensors get step sizes too
+        torch.manual_seed(seed)
+        probe = AdaptationPolicy("policy", parts=[*built.values()], adapts=adapts)
+        rule = GradientGenerator(generator or GeneratorConfig(), probe.layout(probe.attach(model)).names)
+        built |= {name: build(name) for name in named if name not in built}
+    found = [built[name] for name in named if learned_objective or built[name].own_judge != "drop"]
+    for part in found:
+        if part.own_judge == "freeze" and not learned_objective:
+            part.requires_grad_(False)
+    return AdaptationPolicy("policy", WeightedObjective(weights, learned=learned_objective), rule, found, adapts)

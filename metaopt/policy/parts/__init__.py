@@ -1,0 +1,1 @@
+"""Parts of a policy, one concept a file; `metaopt.registry.PARTS` names them."""

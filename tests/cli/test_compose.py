@@ -1,0 +1,314 @@
+"""The bridge from the command line: every YAML file, every refusal, every exit code."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from metaopt.catalogue import list_methods
+from metaopt.cli.command import PROGRAMS, resolve_device, run_command
+from metaopt.cli.compose import compose, help_text
+from metaopt.cli.settings import (
+    BenchmarkSettings,
+    DigitsModelSettings,
+    FootprintSettings,
+    MetaTrainSettings,
+    OnlineSettings,
+)
+from metaopt.errors import ConfigError, DataError
+from metaopt.policy import MethodConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SCHEMAS = {
+    "meta_train": MetaTrainSettings,
+    "online": OnlineSettings,
+    "benchmark": BenchmarkSettings,
+    "source": DigitsModelSettings,
+    "speed": MetaTrainSettings,
+    "footprint": FootprintSettings,
+}
+
+
+def online(*argv: str) -> OnlineSettings:
+    return compose(OnlineSettings, "online", argv)
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        online("policy_path=ckpt.pt", *argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_command_has_its_schema() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(SCHEMAS) == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_command_composes_and_shows_its_launch_command(name: str) -> None:
+    argv = ["--policy", "ckpt.pt"] if name == "online" else []
+    config = compose(SCHEMAS[name], name, argv)
+    assert config.model.name == "cifar_resnet20"
+    assert f"/{name}.py" in help_text(SCHEMAS[name], name, argv)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_choice_composes(path: Path) -> None:
+    group, option = path.parent.name, path.stem
+    command = "meta_train" if group in ("generator", "recipe") else "online"
+    files = {
+        "arrays": ["model.checkpoint=m.pt", "source.images=s.npy", "data.images=i.npy"],
+        "cifar_c": ["model.checkpoint=m.pt", "source.images=s.npy", "data.root=folder"],
+        "timm": ["model.name=resnet50", "model.checkpoint=m.pt"],
+    }
+    policy = ["policy_path=ckpt.pt"] if command == "online" else []
+    config = compose(SCHEMAS[command], command, [f"{group}={option}", *policy, *files.get(option, [])])
+    if group == "recipe":
+        assert (config.meta.generator.variant == "published") == (option == "published")
+    else:
+        section = getattr(config.meta if group == "generator" else config, group)
+        found = section.variant if group == "generator" else section.name
+        assert found == ("resnet50" if option == "timm" else option)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(".py " in line for line in header)
+
+
+def test_a_command_takes_the_groups_of_the_file_that_it_includes() -> None:
+    config = compose(MetaTrainSettings, "speed", ["model=digits_vit", "generator=published", "meta.steps=4"])
+    assert (config.model.name, config.meta.generator.variant, config.meta.steps) == ("digits_vit", "published", 4)
+
+
+def test_published_recipe_is_the_paper_and_gives_way_to_the_command_line() -> None:
+    config = compose(MetaTrainSettings, "meta_train", ["recipe=published", "meta.epochs=2"])
+    meta = config.meta
+    assert (meta.generator.variant, meta.generator.lr, meta.batch_size) == ("published", 1e-4, 2)
+    assert (meta.loss, meta.steps, meta.update_every, meta.truncation) == ("unsupervised", 64, 1, 1)
+    assert (meta.lr, meta.schedule, meta.epochs) == (0.01, "constant", 2)
+    assert {name: weight for name, weight in meta.objective.items() if weight} == {
+        "entropy": 1.0,
+        "discrepancy": 0.00625,
+    }
+    parts = MethodConfig("policy", parts=meta.parts).named_parts()
+    assert list(parts) == ["batch_statistics"] and parts["batch_statistics"][1].prior is None
+
+
+def test_gate_recipe_learns_the_gate_alone() -> None:
+    config = compose(MetaTrainSettings, "meta_train", ["recipe=gate", "start=start.pt"])
+    assert (config.meta.only, config.meta.gate_share, config.start) == (("update_gate",), 0.28, "start.pt")
+
+
+def test_defaults_are_the_published_contract() -> None:
+    config = compose(MetaTrainSettings, "meta_train", [])
+    assert (config.data.name, config.meta.batch_size, config.n_unlabeled, config.meta.seed) == ("digits", 64, 128, 0)
+    assert (config.meta.loss, config.meta.gradient, config.meta.backend) == ("clean_teacher", "first_order", "func")
+    assert (config.meta.generator.variant, config.memory, config.device) == ("residual", "dense", "cpu")
+    assert config.out is not None and config.out.startswith("runs/meta_train/") and "$" not in config.out
+    assert online("--policy", "p").setting == "reset"
+
+
+@pytest.mark.parametrize("argv", [("--policy", "a/b"), ("--policy=a/b",), ("policy_path=a/b", "method=policy")])
+def test_policy_option(argv: tuple[str, ...]) -> None:
+    config = online(*argv)
+    assert (config.policy_path, config.method.name) == ("a/b", "policy")
+
+
+def test_policy_option_keeps_a_method_that_was_asked_for() -> None:
+    config = online("--policy", "ckpt.pt", "method=adam", "method.lr=0.02")
+    assert (config.policy_path, config.method.name, config.method.lr) == ("ckpt.pt", "adam", 0.02)
+
+
+def test_benchmark_takes_the_policy_as_one_of_a_list() -> None:
+    argv = ["--policy", "a.pt", "methods=tent,policy", "method.tent.lr=0.1", "seeds=3"]
+    config = compose(BenchmarkSettings, "benchmark", argv)
+    assert (config.policy_path, config.methods, config.seeds) == (["a.pt"], ["tent", "policy"], [3])
+    assert config.method["tent"].lr == 0.1 and config.method["adam"].lr == 0.01
+
+
+@pytest.mark.parametrize("path", ["runs/lr=0.1,x/a (1).pt", "it's.pt", "a\\'b.pt", "end\\", "a b#.pt", "'quoted'.pt"])
+def test_any_path_arrives_as_it_was_written(path: str) -> None:
+    assert online("--policy", path).policy_path == path
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_base_patch16_224.augreg_in21k", "hf_hub:timm/resnet50.a1_in1k"])
+def test_any_other_model_name_is_a_timm_name(name: str) -> None:
+    config = online("method=bn", f"model={name}", "model.checkpoint=weights.safetensors", "model.num_classes=7")
+    assert dataclasses.astuple(config.model) == (name, "weights.safetensors", 7)
+
+
+def test_lists_may_be_written_with_and_without_brackets() -> None:
+    for corruptions in ("[contrast,fog]", "contrast,fog"):
+        config = online("method=bn", f"data.corruptions={corruptions}", "data.severities=3")
+        assert (config.data.corruptions, config.data.severities) == (["contrast", "fog"], [3.0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("batch_siz=3", "batch_size"),
+        ("+batch_siz=3", "batch_size"),
+        ("++batch_siz=3", "batch_size"),
+        ("~batch_siz", "batch_size"),
+        ("lr=0.1", "method.lr"),
+        ("data.limt=3", "data.limit"),
+        ("models=resnet50", "model"),
+        ("metod=bn", "method"),
+        ("model@source=resnet50", "model"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest(argument: str, nearest: str) -> None:
+    assert f"unknown setting; did you mean {nearest}?" in refusal(argument)
+
+
+@pytest.mark.parametrize("argument", ["+batch_size=3", "++batch_size=3", "~seed"])
+def test_settings_are_not_added_or_removed(argument: str) -> None:
+    assert f"write {argument.strip('+~').split('=')[0]}=VALUE" in refusal(argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [
+        ("batch_size=abc", "batch_size='abc' is not allowed"),
+        ("batch_size=1.5", "batch_size=1.5 is not allowed"),
+        ("batch_size=0", "batch_size is 0; allowed is finite values of at least 1"),
+        ("seed=1,2", "seed='1,2' is not allowed"),
+        ("seed=null", "seed=null is not allowed"),
+        ("seed=-1", "seed is -1; allowed"),
+        ("device=null", "device=null is not allowed"),
+        ("setting=sometimes", "allowed are reset, continual"),
+        ("memory=sparse", "allowed are dense"),
+        ("data=digit", "did you mean data=digits?"),
+        ("method=tents", "did you mean method=tent?"),
+        ("method=bn,tent", f"allowed are {', '.join(list_methods())}"),
+        ("model=", "allowed are cifar_resnet20"),
+        ("model=timm", "model.name is not set"),
+        ("data.root=x", "choose it: add data=cifar_c"),
+        ("data.limit=0", "data.limit=0 is out of range"),
+        ("data.severities=[0]", "allowed are values in (0, 5]"),
+        ("data.severities=[]", "set data.severities=[5]"),
+        ("method.lr=-1", "method.lr is -1.0; it must be positive and finite"),
+        ("method.lr=nan", "method.lr is nan; it must be positive and finite"),
+        ("method.betas=[0.9,0.99]", "unknown setting; did you mean method.rule.betas?"),
+        ("method.rule.betas=[0.9,0.99]", "method.rule does not go with update=generator; allowed are adam, sgd"),
+        ("method.rule={lr:0.1}", "method.rule does not go with update=generator"),
+        ("method.parts.update_gat=true", "unknown setting; did you mean method.parts.update_gate?"),
+        ("method.parts.update_gate.evry=2", "unknown setting; did you mean method.parts.update_gate.every?"),
+        (
+            "method.parts.update_gate={evry:2}",
+            "method.parts.update_gate.evry is an unknown setting; allowed are share, every",
+        ),
+        ("method.parts.update_gate.every=0", "update_gate.every is 0; it must be at least 1"),
+        ("method.parts.update_gate=maybe", "method.parts.update_gate.share='maybe' is not allowed; it takes a number"),
+        ("method.parts=3", "method.parts holds method.parts.batch_statistics"),
+        ("method.objective.slrr=1", "unknown setting; did you mean method.objective.slr?"),
+        ("source=x.npy", "source holds source.images"),
+        ("seed", "settings are written key=value"),
+        ("--multirun", "allowed are --policy, --help and key=value"),
+        ("out=${oc.env:METAOPT_NO_SUCH_VARIABLE}", "METAOPT_NO_SUCH_VARIABLE"),
+        ("--policy", "--policy has no path"),
+    ],
+)
+def test_a_bad_value_gets_one_clear_line(argument: str, part: str) -> None:
+    assert part in refusal(argument)
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "part"),
+    [
+        ("online", [], "policy_path is not set"),
+        ("online", ["method=mgtta"], "policy_path is not set"),
+        ("online", ["method=bn", "data=cifar_c", "model.checkpoint=m.pt"], "data.root is not set"),
+        ("online", ["method=bn", "data=arrays", "model.checkpoint=m.pt"], "data.images is not set"),
+        ("online", ["method=bn", "data=arrays", "data.images=i.npy"], "model.checkpoint is not set"),
+        ("online", ["method=adam", "method.objective.slr=-1"], "method.objective.slr=-1.0 is out of range"),
+        ("meta_train", ["data=arrays", "model.checkpoint=m.pt"], "source.images is not set"),
+        ("meta_train", ["generator=adam"], "allowed are published, residual, step_sizes"),
+        ("meta_train", ["batch_size=1"], "batch_size is 1; allowed"),
+        ("meta_train", ["batch_size=abc"], "error: batch_size='abc' is not allowed"),
+        ("meta_train", ["generator.betas=[0.5]"], "error: generator.betas=[0.5] is not allowed; it takes 2 values"),
+        ("meta_train", ["objective.entropy=much"], "error: objective.entropy='much' is not allowed; it takes a number"),
+        ("meta_train", ["meta.batch_size=8"], "unknown setting; did you mean batch_size?"),
+        ("meta_train", ["parts.update_gate=2"], "update_gate.share is 2.0; allowed are 0 < share < 1"),
+        (
+            "meta_train",
+            ["parts.update_gate=0.5", "meta.gradient=full"],
+            "parts.update_gate does not go with meta.gradient=full",
+        ),
+        ("meta_train", ["--policy=ckpt.pt"], "policy_path is an unknown setting"),
+        ("benchmark", ["methods=[tant]"], "methods is 'tant'; allowed are adam, bn"),
+        ("benchmark", ["methods=[]"], "methods=[] is empty"),
+        ("benchmark", ["methods=[policy]"], "add --policy PATH"),
+        ("benchmark", ["method=tent"], "method holds method.adam, method.bn"),
+        ("benchmark", ["settings=reset,never"], "settings is 'never'; allowed are reset, continual"),
+        ("source", ["batch_size=3"], "batch_size is an unknown setting"),
+    ],
+)
+def test_what_settings_need_of_one_another(command: str, argv: list[str], part: str) -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
+        compose(SCHEMAS[command], command, argv)
+    assert part in f"error: {caught.value}"
+
+
+def test_composing_writes_nothing_and_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        online("method=bn")
+        online("method=bn")
+    assert Path.cwd() == tmp_path and not list(tmp_path.iterdir())
+
+
+def test_run_command_hands_over_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    received: list[OnlineSettings] = []
+    assert run_command(received.append, OnlineSettings, "online", ["method=tent", "seed=4"]) == 0
+    assert [(config.method.name, config.seed) for config in received] == [("tent", 4)]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError("images hold NaN;\nallowed are numbers"), 2, "error: images hold NaN; allowed are numbers\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:
+    def main(config: OnlineSettings) -> None:
+        raise error
+
+    assert run_command(main, OnlineSettings, "online", ["method=bn"]) == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_bad_setting_exits_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda _: pytest.fail("ran"), OnlineSettings, "online", ["+sede=1"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: +sede is an unknown setting; did you mean seed?")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback() -> None:
+    def main(config: OnlineSettings) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(main, OnlineSettings, "online", ["method=bn"])
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_prints_the_settings_with_the_arguments_applied(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    argv = ["seed=17", option, "--policy", "p.pt"]
+    assert run_command(lambda _: pytest.fail("ran"), OnlineSettings, "online", argv) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: metaopt adapt [--policy CKPT] [key=value ...]")
+    assert all(part in out for part in ("seed: 17", "policy_path: p.pt", "arrays, cifar_c, digits", "or any timm name"))
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert isinstance(resolve_device("auto"), torch.device)
+    for name in ("gpu9", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device={name} cannot be used here"):
+            resolve_device(name)
