@@ -35,6 +35,8 @@ PARTS: dict[str, Any] = {
     "shift_distance": "metaopt.policy.parts.shift_distance:ShiftDistance",
     "update_gate": "metaopt.policy.parts.update_gate:UpdateGate",
     "teacher": "metaopt.policy.parts.teacher:Teacher",
+    "sample_weights": "metaopt.policy.parts.sample_weights:SampleWeights",
+    "weight_ensembling": "metaopt.policy.parts.weight_ensembling:WeightEnsembling",
     "class_balance": "metaopt.policy.parts.class_balance:ClassBalance",
     "pruning": "metaopt.policy.parts.pruning:Pruning",
 }
