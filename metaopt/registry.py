@@ -36,6 +36,8 @@ PARTS: dict[str, Any] = {
     "update_gate": "metaopt.policy.parts.update_gate:UpdateGate",
     "teacher": "metaopt.policy.parts.teacher:Teacher",
     "sample_weights": "metaopt.policy.parts.sample_weights:SampleWeights",
+    "sample_filter": "metaopt.policy.parts.sample_filter:SampleFilter",
+    "fisher": "metaopt.policy.parts.fisher:Fisher",
     "weight_ensembling": "metaopt.policy.parts.weight_ensembling:WeightEnsembling",
     "class_balance": "metaopt.policy.parts.class_balance:ClassBalance",
     "pruning": "metaopt.policy.parts.pruning:Pruning",
