@@ -13,6 +13,7 @@ from metaopt.errors import ConfigError
 RULES: dict[str, Any] = {
     "adam": "metaopt.optimizers.adam:Adam",
     "sgd": "metaopt.optimizers.sgd:SGD",
+    "sam": "metaopt.optimizers.sam:SAM",
 }
 """Hand-made update rules, by the name that ``method.update`` calls them."""
 
@@ -38,6 +39,7 @@ PARTS: dict[str, Any] = {
     "sample_weights": "metaopt.policy.parts.sample_weights:SampleWeights",
     "sample_filter": "metaopt.policy.parts.sample_filter:SampleFilter",
     "fisher": "metaopt.policy.parts.fisher:Fisher",
+    "recovery": "metaopt.policy.parts.recovery:Recovery",
     "weight_ensembling": "metaopt.policy.parts.weight_ensembling:WeightEnsembling",
     "class_balance": "metaopt.policy.parts.class_balance:ClassBalance",
     "pruning": "metaopt.policy.parts.pruning:Pruning",
