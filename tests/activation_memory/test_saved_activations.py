@@ -232,3 +232,16 @@ def test_gradients_of_one_bit_still_point_the_right_way():
     wanted = gradients(model, BATCH)
     found = gradients(model, BATCH, SavedActivations(model, memory="compact", default=Precision(1)))
     assert F.cosine_similarity(torch.cat(found), torch.cat(wanted), dim=0) > 0.7
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_relus_mask_is_exact_at_every_width(bits: int):
+    """The gradient of the normalisation's bias depends on the mask alone."""
+    model = block()
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 2.0)
+        model.norm.bias.uniform_(-0.5, 0.5)
+    bias = [name for name, _ in model.named_parameters() if name.startswith("norm")].index("norm.bias")
+    wanted = gradients(model, BATCH)[bias]
+    found = gradients(model, BATCH, SavedActivations(model, memory="compact", default=Precision(bits)))[bias]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)

@@ -1,6 +1,7 @@
 """Runs over streams: what is scored, counted and measured, by independent recomputation."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,12 @@ def test_held_memory_is_that_of_the_largest_step() -> None:
     assert run_stream(new_adapter("tent"), parts[::-1], batch_size=40).held_mib == pytest.approx(
         run_stream(new_adapter("tent"), parts, batch_size=40).held_mib, rel=0.01
     )  # the larger batch may come second
+
+
+def test_held_memory_is_the_most_of_any_step_also_where_a_larger_batch_is_not_updated_on() -> None:
+    gated = build_method(replace(TENT, parts={**BARE, "update_gate": {"every": 2}}))
+    report = run_stream(OnlineAdapter(tiny_model(), gated), two_domains()[::-1], setting="continual", batch_size=40)
+    assert report.updates == 1 and report.held_mib > 0
 
 
 def test_state_memory_is_measured() -> None:

@@ -1,7 +1,7 @@
 """SAR: the step against its equations in float64, in place and differentiable, and with its knobs off."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from metaopt.meta.meta_gradient import meta_gradient
 from metaopt.meta.unroll import MetaBatch, UnrollConfig
 from metaopt.optimizers.sam import SAM
 from metaopt.optimizers.update import FuncApply, InPlaceApply
+from metaopt.policy.parts.sample_filter import SampleFilterConfig
+from metaopt.policy.step import StepContext
 
 from ..tiny import CLASSES, TinyNet, assert_goes_on, random_images, tiny_model, tiny_net
 
@@ -73,6 +75,17 @@ def test_a_stream_is_the_papers_equations(memory: str) -> None:
         torch.testing.assert_close(found(images), expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(float(found.state["recovery"]), mean, rtol=0, atol=1e-9)
     assert found.updates == len(BATCHES) and found.guard.events["recovered"] == 0
+
+
+def test_a_sample_has_to_be_reliable_at_both_looks() -> None:
+    config = SampleFilterConfig(margin=0.5, similarity=None, weighted=False)
+    found = adapter(load_method("sar", parts={"sample_filter": asdict(config)}))
+    context = StepContext(found.policy, found.model, found.parameters, found.state, BATCHES[0][:4])
+    part = found.policy.part("sample_filter")
+    sure, unsure = 10 * torch.eye(CLASSES, dtype=torch.float64)[0], torch.zeros(CLASSES, dtype=torch.float64)
+    first = part.weigh(context, torch.stack([sure, sure, unsure, unsure]))
+    second = part.weigh(context, torch.stack([sure, unsure, sure, unsure]))
+    assert first.tolist() == [2.0, 2.0, 0.0, 0.0] and second.tolist() == [4.0, 0.0, 0.0, 0.0]
 
 
 def test_at_distance_0_and_without_filter_and_recovery_it_is_gradient_descent() -> None:
