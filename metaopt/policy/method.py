@@ -52,6 +52,9 @@ class MethodConfig:
         """Check each choice and what they need of one another."""
         check_one_of("method.update", self.update, ("none", *registry.RULES, "generator"))
         check_one_of("method.adapts", self.adapts, ADAPTS)
+        for key in ("rule", "objective", "parts"):
+            if not isinstance(values := getattr(self, key), Mapping):
+                raise ConfigError(f"method.{key} is {values!r}; it takes a mapping of settings: set {{}} for none")
         named = self.named_parts()
         if self.adapts.startswith("experts") and "experts" not in named:
             raise ConfigError(
@@ -67,6 +70,7 @@ class MethodConfig:
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"method.lr is {self.lr}; it must be positive and finite: set for example 0.001")
         for name, weight in self.objective.items():
+            registry.get("objective term", name)
             if not (math.isfinite(weight) and weight >= 0):
                 raise ConfigError(
                     f"method.objective.{name}={weight} is out of range; allowed are finite weights of at least 0: "
@@ -134,11 +138,7 @@ def build_method(config: MethodConfig, *, policy: AdaptationPolicy | None = None
     if config.update == "none":
         return AdaptationPolicy(config.name, parts=parts)
     objective = _objective(config, policy)
-    if "teacher" in objective.needs and not any("teach" in part.acts for part in parts):
-        raise ConfigError(
-            f"method {config.name!r} has the objective's term teacher and no teacher; allowed without one are all "
-            "others: give method.parts.teacher, as configs/method/cotta.yaml does"
-        )
+    _check_teacher(config.name, objective, parts)
     from_policy = policy is not None and config.update == "generator" and policy.part("experts") is not None
     method = AdaptationPolicy(
         config.name,
@@ -152,6 +152,14 @@ def build_method(config: MethodConfig, *, policy: AdaptationPolicy | None = None
     return method
 
 
+def _check_teacher(name: str, objective: WeightedObjective, parts: list[Part]) -> None:
+    if "teacher" in objective.needs and not any("teach" in part.acts for part in parts):
+        raise ConfigError(
+            f"method {name!r} has the objective's term teacher and no teacher; allowed without one are all others: "
+            "give method.parts.teacher, as configs/method/cotta.yaml does"
+        )
+
+
 def _parts(config: MethodConfig, policy: AdaptationPolicy | None) -> list[Part]:
     """Those that are named, and the policy's where they are inherited or belong to its generator."""
     learned = {} if policy is None else {part.name: part for part in policy.listed}
@@ -160,12 +168,15 @@ def _parts(config: MethodConfig, policy: AdaptationPolicy | None) -> list[Part]:
         part = learned.get(name) if value is True else None
         part = registry.get("part", name)(values) if part is None else part
         if part is not learned.get(name) and part.learned_only:
-            if policy is None:
+            if name in learned and learned[name].learned_only:  # its settings are those of meta-training
+                part = learned[name]
+            elif policy is None:
                 raise ConfigError(
                     f"method {config.name!r} has parts.{name} and no policy, which learns it; allowed without one is "
                     f"false: set method.parts.{name}=false, or give a policy"
                 )
-            continue  # a policy that was trained without one runs without one
+            else:
+                continue  # a policy that was trained without one runs without one
         found[name] = part
     if config.inherit:
         found |= {name: part for name, part in learned.items() if name not in config.parts and not part.helper}
@@ -258,4 +269,6 @@ def new_policy(
     for part in found:
         if part.own_judge == "freeze" and not learned_objective:
             part.requires_grad_(False)
-    return AdaptationPolicy("policy", WeightedObjective(weights, learned=learned_objective), rule, found, adapts)
+    learned = WeightedObjective(weights, learned=learned_objective)
+    _check_teacher("policy", learned, found)
+    return AdaptationPolicy("policy", learned, rule, found, adapts)

@@ -135,6 +135,18 @@ def test_another_rate_scales_the_generator_and_nothing_else() -> None:
     assert faster.source == policy.source and faster.objective is policy.objective
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("pruning", "learned"), ("initialization", {}), ("initialization", 0.1), ("update_gate", {"share": 0.5})],
+)
+def test_a_part_that_only_training_learns_is_the_policys_whatever_its_settings(name: str, settings: object) -> None:
+    policy = tiny_policy(tiny_model(), parts={**BARE, name: "learned" if name == "pruning" else True})
+    for inherit in (True, False):
+        config = MethodConfig("policy", update="generator", parts={name: settings}, inherit=inherit)
+        assert build_method(config, policy=policy).part(name) is policy.part(name)
+    assert build_method(config, policy=tiny_policy(tiny_model())).part(name) is None
+
+
 def test_rates_default_to_the_rules_own() -> None:
     for update, rule in (("adam", Adam()), ("sgd", SGD())):
         assert build_method(MethodConfig("m", update=update, objective={"entropy": 1.0})).rule == rule
@@ -162,13 +174,18 @@ def test_refusals_say_what_to_do() -> None:
         build_method(MethodConfig("policy", update="generator", objective={"entropy": 1.0}))
     with pytest.raises(ConfigError, match="needs a meta-trained policy"):
         build_method(MethodConfig("policy", update="generator"), policy=build_method(TENT))
+    for key, value in (("parts", None), ("parts", ["teacher"]), ("objective", "slr"), ("rule", 3)):
+        with pytest.raises(ConfigError, match=rf"method\.{key} is .*; it takes a mapping of settings"):
+            MethodConfig("m", update="adam", **{key: value})
     for objective in ({}, {"entropy": 0.0}):
         with pytest.raises(ConfigError, match="has no objective"):
             build_method(MethodConfig("tent", update="adam", objective=objective))
     with pytest.raises(ConfigError, match="unknown objective term 'entrpy'"):
-        build_method(MethodConfig("tent", update="adam", objective={"entrpy": 1.0}))
+        MethodConfig("tent", update="adam", objective={"entropy": 1.0, "entrpy": 0.0})
     with pytest.raises(ConfigError, match="has the objective's term teacher and no teacher"):
         build_method(MethodConfig("tent", update="adam", objective={"teacher": 1.0}))
+    with pytest.raises(ConfigError, match="has the objective's term teacher and no teacher"):
+        new_policy(tiny_model(), objective={"teacher": 1.0})
     with pytest.raises(ConfigError, match=r"method.rule does not go with update=generator; allowed are adam, sgd"):
         MethodConfig("policy", update="generator", rule={"betas": [0.9, 0.99]})
     with pytest.raises(ValueError, match="learns from a teacher needs a part that is one"):
