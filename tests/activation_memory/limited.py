@@ -8,12 +8,11 @@ import resource
 import sys
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
 from metaopt.activation_memory import SavedActivations  # pyright: ignore[reportMissingImports]
-from metaopt.models import SourceModel
+from metaopt.models import SourceModel, load_source_model
 
 REFUSED = 3
 
@@ -37,7 +36,7 @@ def step(model: SourceModel, images: torch.Tensor, memory: str) -> float:
 def main(memory: str, mib: int) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = SourceModel(timm.create_model("cifar_resnet20"))
+    model = load_source_model("cifar_resnet20", channels_last=False)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(isinstance(module, nn.BatchNorm2d))
