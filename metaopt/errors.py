@@ -42,7 +42,7 @@ def check_positive(key: str, value: float, example: str = "0.001") -> None:
     Raises:
         ConfigError: it is not.
     """
-    if not (math.isfinite(value) and value > 0):
+    if not (_is_number(value) and value > 0):
         raise ConfigError(f"{key} is {value}; it must be positive and finite: set for example {example}")
 
 
@@ -52,9 +52,14 @@ def check_range(key: str, value: float, low: float, high: float = math.inf, *, e
     Raises:
         ConfigError: it is not in there.
     """
-    if not (math.isfinite(value) and low <= value <= high):
-        allowed = f"[{low:g}, {high:g}]" if math.isfinite(high) else f"finite values of at least {low:g}"
-        raise ConfigError(f"{key} is {value}; allowed is {allowed}: set for example {example}")
+    if not (_is_number(value) and low <= value <= high):
+        allowed = f"is [{low:g}, {high:g}]" if math.isfinite(high) else f"are finite values of at least {low:g}"
+        raise ConfigError(f"{key} is {value}; allowed {allowed}: set for example {example}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a finite one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_one_of(key: str, value: object, allowed: Iterable[object]) -> None:

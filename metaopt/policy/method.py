@@ -1,6 +1,5 @@
 """Compose a method from its parts: what the files under ``configs/method/`` say, made into a policy."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from metaopt import registry
-from metaopt.errors import ConfigError, check_one_of
+from metaopt.errors import ConfigError, check_one_of, check_positive, check_range
 from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
@@ -67,15 +66,11 @@ class MethodConfig:
                 f"normalisation layer, which nothing before may have changed; allowed are {', '.join(RESTORABLE)}: set "
                 "method.adapts=norm, or method.parts.restoration=false"
             )
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"method.lr is {self.lr}; it must be positive and finite: set for example 0.001")
+        if self.lr is not None:
+            check_positive("method.lr", self.lr)
         for name, weight in self.objective.items():
             registry.get("objective term", name)
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(
-                    f"method.objective.{name}={weight} is out of range; allowed are finite weights of at least 0: "
-                    "set 0 to leave it out"
-                )
+            check_range(f"method.objective.{name}", weight, 0, example="1, or 0 to leave it out")
         if self.update in registry.RULES:
             self.build_rule()  # checks its own settings
         elif self.rule:

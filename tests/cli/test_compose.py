@@ -172,7 +172,7 @@ def test_settings_are_not_added_or_removed(argument: str) -> None:
     [
         ("batch_size=abc", "batch_size='abc' is not allowed"),
         ("batch_size=1.5", "batch_size=1.5 is not allowed"),
-        ("batch_size=0", "batch_size is 0; allowed is finite values of at least 1"),
+        ("batch_size=0", "batch_size is 0; allowed are finite values of at least 1"),
         ("seed=1,2", "seed='1,2' is not allowed"),
         ("seed=null", "seed=null is not allowed"),
         ("seed=-1", "seed is -1; allowed"),
@@ -222,7 +222,11 @@ def test_a_bad_value_gets_one_clear_line(argument: str, part: str) -> None:
         ("online", ["method=bn", "data=cifar_c", "model.checkpoint=m.pt"], "data.root is not set"),
         ("online", ["method=bn", "data=arrays", "model.checkpoint=m.pt"], "data.images is not set"),
         ("online", ["method=bn", "data=arrays", "data.images=i.npy"], "model.checkpoint is not set"),
-        ("online", ["method=adam", "method.objective.slr=-1"], "method.objective.slr=-1.0 is out of range"),
+        (
+            "online",
+            ["method=adam", "method.objective.slr=-1"],
+            "method.objective.slr is -1.0; allowed are finite values of at least 0",
+        ),
         ("meta_train", ["data=arrays", "model.checkpoint=m.pt"], "source.images is not set"),
         ("meta_train", ["generator=adam"], "allowed are published, residual, step_sizes"),
         ("meta_train", ["batch_size=1"], "batch_size is 1; allowed"),

@@ -16,7 +16,7 @@ from metaopt.meta import MetaTrainConfig
         ({"backend": "jax"}, "meta.backend is 'jax'; allowed are func, torchopt, higher"),
         ({"schedule": "step"}, "meta.schedule is 'step'; allowed are cosine, constant"),
         *(
-            ({key: 0}, f"meta.{key} is 0; allowed is finite values of at least 1")
+            ({key: 0}, f"meta.{key} is 0; allowed are finite values of at least 1")
             for key in ("steps", "first_steps", "epochs", "unrolls", "selection_tasks", "update_every")
         ),
         *(

@@ -222,5 +222,5 @@ def test_precisions_are_learned_in_first_order_alone() -> None:
 
 @pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf")])
 def test_a_price_of_noise_is_finite_and_not_negative(price: float) -> None:
-    with pytest.raises(ConfigError, match=r"meta.noise_price is .*; allowed is finite values of at least 0"):
+    with pytest.raises(ConfigError, match=r"meta.noise_price is .*; allowed are finite values of at least 0"):
         UnrollConfig(noise_price=price)

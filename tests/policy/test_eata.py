@@ -120,5 +120,5 @@ def test_without_clean_images_it_says_what_it_needs() -> None:
 
 @pytest.mark.parametrize("parts", [{"sample_filter": {"margin": 1.5}}, {"fisher": -1.0}])
 def test_settings_out_of_range_are_refused(parts: dict) -> None:
-    with pytest.raises(ConfigError, match="allowed is"):
+    with pytest.raises(ConfigError, match="; allowed "):
         MethodConfig("eata", update="sgd", objective={"entropy": 1.0}, parts=parts)

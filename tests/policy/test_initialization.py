@@ -219,7 +219,7 @@ def test_without_an_offset_it_is_the_source() -> None:
     ("changes", "message"),
     [
         ({"lr": 0.0}, r"initialization.lr is 0.0; it must be positive and finite"),
-        ({"decay": -1.0}, r"initialization.decay is -1.0; allowed is finite values of at least 0"),
+        ({"decay": -1.0}, r"initialization.decay is -1.0; allowed are finite values of at least 0"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, float], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -174,9 +175,14 @@ def test_refusals_say_what_to_do() -> None:
         build_method(MethodConfig("policy", update="generator", objective={"entropy": 1.0}))
     with pytest.raises(ConfigError, match="needs a meta-trained policy"):
         build_method(MethodConfig("policy", update="generator"), policy=build_method(TENT))
-    for key, value in (("parts", None), ("parts", ["teacher"]), ("objective", "slr"), ("rule", 3)):
-        with pytest.raises(ConfigError, match=rf"method\.{key} is .*; it takes a mapping of settings"):
-            MethodConfig("m", update="adam", **{key: value})
+    wrong: list[dict[str, Any]] = [{"parts": None}, {"parts": ["teacher"]}, {"objective": "slr"}, {"rule": 3}]
+    for settings in wrong:
+        with pytest.raises(ConfigError, match=rf"method\.{next(iter(settings))} is .*; it takes a mapping of settings"):
+            MethodConfig("m", update="adam", **settings)
+    words: list[dict[str, Any]] = [{"lr": "fast"}, {"lr": True}, {"objective": {"entropy": "much"}}]
+    for settings in words:
+        with pytest.raises(ConfigError, match=rf"method\.{next(iter(settings))}.* is (fast|True|much); .*: set"):
+            MethodConfig("m", update="adam", **settings)
     for objective in ({}, {"entropy": 0.0}):
         with pytest.raises(ConfigError, match="has no objective"):
             build_method(MethodConfig("tent", update="adam", objective=objective))

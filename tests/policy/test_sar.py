@@ -158,5 +158,5 @@ def test_it_runs_on_the_source_model_alone() -> None:
 
 @pytest.mark.parametrize("settings", [{"rule": {"rho": -0.1}}, {"parts": {"recovery": -1.0}}])
 def test_settings_out_of_range_are_refused(settings: dict) -> None:
-    with pytest.raises(ConfigError, match="allowed is"):
+    with pytest.raises(ConfigError, match="; allowed "):
         load_method("sar", **settings)

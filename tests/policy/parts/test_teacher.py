@@ -182,7 +182,7 @@ def test_restore_sets_a_few_scalars_back() -> None:
     [
         ({"momentum": 1.5}, r"teacher\.momentum is 1\.5; allowed is \[0, 1\]"),
         ({"restore": -0.1}, r"teacher\.restore is -0\.1; allowed"),
-        ({"proximal": float("nan")}, r"teacher\.proximal is nan; allowed is finite values of at least 0"),
+        ({"proximal": float("nan")}, r"teacher\.proximal is nan; allowed are finite values of at least 0"),
         ({"anchor": "source"}, r"teacher\.anchor is 'source'; allowed are teacher, initial"),
         ({"group": "site"}, r"teacher\.group is 'site'; allowed are tensor, expert"),
     ],
