@@ -108,7 +108,7 @@ def test_files_in_the_text_exist(page: Path) -> None:
 def test_commands_compose(page: str, command: str) -> None:
     program, name, *arguments = shlex.split(command)
     config_name, schema = COMMANDS[program, name]
-    compose(schema, config_name, arguments)
+    assert isinstance(compose(schema, config_name, arguments), schema)
 
 
 def test_tables_are_those_of_the_saved_results() -> None:

@@ -58,6 +58,19 @@ def tiny_net(seed: int = 0, classes: int = CLASSES, dtype: torch.dtype = torch.f
     return net.to(dtype).eval()
 
 
+def batch_normalised() -> TinyNet:
+    """The same in float64 and by plain torch, for steps by hand: BatchNorm by the batch, its buffers gone."""
+    net = tiny_net(dtype=torch.float64).train()
+    for norm in (net.bn1, net.bn2):
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    return net
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Of each prediction, (B,) nats."""
+    return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+
+
 def assert_goes_on(adapters: Callable[[], OnlineAdapter], stream: list[Tensor], cut: int, path: Path) -> OnlineAdapter:
     """Saved after ``cut`` batches and loaded by another adapter, a stream goes on bit for bit; gives that adapter."""
     whole, first, second = (adapters() for _ in range(3))

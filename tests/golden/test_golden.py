@@ -7,19 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .cases import (
-    CASES,
-    FILE,
-    MODELS,
-    POLICIES,
-    RESNET,
-    RESNET_ONLY,
-    VIT,
-    build_model,
-    moved_policy,
-    packed,
-    weights_of,
-)
+from .build import MODELS, RESNET, VIT, build_model, weights_of
+from .cases import CASES, FILE, POLICIES, RESNET_ONLY, moved_policy, packed
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # times 1 + |expected|
 LOOSER = {f"{RESNET}/training rates": 1e-6}  # layers' importance is float32: rounding of inputs alone moves it by 3e-9

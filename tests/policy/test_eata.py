@@ -11,7 +11,7 @@ from torch.nn import functional
 from metaopt import MethodConfig, OnlineAdapter, SourceModel, build_method, load_method
 from metaopt.errors import ConfigError
 
-from ..tiny import CLASSES, assert_goes_on, random_images, tiny_model, tiny_net
+from ..tiny import CLASSES, assert_goes_on, batch_normalised, entropies, random_images, tiny_model, tiny_net
 
 BATCHES = [random_images(12, seed, torch.float64) for seed in range(6)]
 CLEAN = random_images(24, 50, torch.float64)
@@ -28,17 +28,6 @@ def adapter(config: MethodConfig) -> OnlineAdapter:
     method = build_method(replace(config, lr=LR))
     method.prepare(model(), lambda: CLEAN, 12)
     return OnlineAdapter(model(), method)
-
-
-def batch_normalised() -> nn.Module:
-    net = tiny_net(dtype=torch.float64).train()
-    for norm in (net.bn1, net.bn2):
-        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-    return net
-
-
-def entropies(logits: Tensor) -> Tensor:
-    return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
 
 
 def adapted(net: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from metaopt import MethodConfig, OnlineAdapter, build_method, load_method
 from metaopt.errors import ConfigError
 
-from ..tiny import assert_goes_on, random_images, tiny_model, tiny_net
+from ..tiny import assert_goes_on, batch_normalised, random_images, tiny_model
 
 BATCHES = [random_images(8, seed, torch.float64) for seed in range(6)]
 MOMENTUM, KEEP, TEMPERATURE, LR = 0.9, 0.99, 1 / 3, 1e-2
@@ -39,9 +39,7 @@ def published_weights(logits: Tensor, mean: Tensor) -> Tensor:
 
 
 def test_a_stream_is_the_papers_equations() -> None:
-    net = tiny_net(dtype=torch.float64).train()
-    for norm in (net.bn1, net.bn2):
-        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    net = batch_normalised()
     source = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
     adapted = [net.bn1.weight, net.bn1.bias, net.bn2.weight, net.bn2.bias]
     optimizer, mean = torch.optim.Adam(adapted, lr=LR), torch.full((10,), 0.1, dtype=torch.float64)

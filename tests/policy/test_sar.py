@@ -16,7 +16,7 @@ from metaopt.optimizers.update import FuncApply, InPlaceApply
 from metaopt.policy.parts.sample_filter import SampleFilterConfig
 from metaopt.policy.step import StepContext
 
-from ..tiny import CLASSES, TinyNet, assert_goes_on, random_images, tiny_model, tiny_net
+from ..tiny import CLASSES, assert_goes_on, batch_normalised, entropies, random_images, tiny_model, tiny_net
 
 BATCHES = [random_images(12, seed, torch.float64) for seed in range(6)]
 LR, RHO, MARGIN = 1e-2, 0.05, 0.95
@@ -25,17 +25,6 @@ PARTS = {"batch_statistics": {}, "sample_filter": {"margin": MARGIN, "similarity
 
 def adapter(config: MethodConfig, memory: str = "dense") -> OnlineAdapter:
     return OnlineAdapter(tiny_model(dtype=torch.float64), build_method(replace(config, lr=LR)), memory=memory)
-
-
-def batch_normalised() -> TinyNet:
-    net = tiny_net(dtype=torch.float64).train()
-    for norm in (net.bn1, net.bn2):
-        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-    return net
-
-
-def entropies(logits: Tensor) -> Tensor:
-    return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
 
 
 def published_stream(batches: list[Tensor]) -> tuple[list[Tensor], list[float]]:
