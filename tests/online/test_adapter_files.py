@@ -11,7 +11,7 @@ from metaopt.models import SourceModel
 from metaopt.online import OnlineAdapter
 
 from ..tiny import tiny_model, tiny_net, tiny_policy
-from .test_adapter import BATCHES, DEFAULT, METHODS, new_adapter, run, same, unless_poisoned
+from .methods import BATCHES, DEFAULT, METHODS, new_adapter, run, same, unless_poisoned
 
 CUTS = [
     *(pytest.param(method, cut, False) for method in METHODS for cut in (3, 5)),
