@@ -80,7 +80,7 @@ def assert_goes_on(adapters: Callable[[], OnlineAdapter], stream: list[Tensor], 
     second.load(path)
     found += [second(images) for images in stream[cut:]]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert second.guard.events == whole.guard.events
+    assert second.events == whole.events
     return second
 
 

@@ -6,7 +6,7 @@ and for each block's pooled features.
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metaopt.errors import DataError, ModelError
 from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
-from metaopt.models.source_prior import SourcePrior
+from metaopt.models.source_prior import ChannelMoments, Recorded, SourcePrior, complete, recording_hooks
 from metaopt.models.spec import CUSTOM_PREFIX, ModelSpec, triple
 from metaopt.types import ForwardOutput
 
@@ -106,7 +106,13 @@ class SourceModel(nn.Module):
         return super().train(False)
 
     def forward(
-        self, images: Tensor, batch_statistics: bool = False, features: bool = False, prior: Tensor | None = None
+        self,
+        images: Tensor,
+        batch_statistics: bool = False,
+        features: bool = False,
+        prior: Tensor | None = None,
+        stream: ChannelMoments | None = None,
+        record: Recorded | None = None,
     ) -> ForwardOutput:
         """Logits, and each block's features where asked.
 
@@ -117,6 +123,8 @@ class SourceModel(nn.Module):
             features: also give each block's output, pooled to (B, D_l).
             prior: with batch statistics, for how many images the source's count beside them
                 (`metaopt.models.source_prior`): one number for all BatchNorm layers, (), or one for each, (L,).
+            stream: with batch statistics, what earlier images counted for beside the source.
+            record: with batch statistics, takes this batch's moments at each BatchNorm layer.
 
         Raises:
             DataError: the images' shape does not fit the model.
@@ -127,11 +135,14 @@ class SourceModel(nn.Module):
         inputs = (images - self.mean) / self.std
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with _batch_statistics(self.module, batch_statistics, prior):
-            if not features:
-                return ForwardOutput(_logits(self.module(inputs)))
-            with self._recorded_features(images.shape[0]) as recorded:
+        with _batch_statistics(self.module, batch_statistics, prior, stream, record):
+            features_of = self._recorded_features(images.shape[0]) if features else nullcontext({})
+            with features_of as recorded:
                 logits = _logits(self.module(inputs))
+        if record is not None:
+            complete(record, self.module)
+        if not features:
+            return ForwardOutput(logits)
         missing = [name for name in self.blocks if name not in recorded]
         if missing or not self.blocks:
             raise ModelError(
@@ -172,8 +183,14 @@ class SourceModel(nn.Module):
 
 
 @contextmanager
-def _batch_statistics(module: nn.Module, enabled: bool, prior: Tensor | None) -> Iterator[None]:
-    """BatchNorm layers inside normalise by the batch, and with a prior, by the source too.
+def _batch_statistics(
+    module: nn.Module,
+    enabled: bool,
+    prior: Tensor | None,
+    stream: ChannelMoments | None,
+    record: Recorded | None,
+) -> Iterator[None]:
+    """BatchNorm layers inside normalise by the batch, and with a prior or a stream, by these too.
 
     In ``eval()`` and without running buffers torch takes the batch's statistics. So the buffers are out of the way for
     the duration, which also guards them from NaN batches, and come back in any case.
@@ -185,10 +202,11 @@ def _batch_statistics(module: nn.Module, enabled: bool, prior: Tensor | None) ->
             f"{type(module).__name__} has grad_checkpointing on, whose recomputation would miss the batch statistics; "
             "allowed is off with BatchNorm: call set_grad_checkpointing(False)"
         )
-    if layers and prior is not None:
-        with SourcePrior(module, prior):
+    if layers and (prior is not None or stream is not None):
+        with SourcePrior(module, torch.zeros(()) if prior is None else prior, stream, record):
             yield
         return
+    handles = [] if record is None or not layers else recording_hooks(module, record)
     try:
         for layer in layers:
             layer.running_mean = layer.running_var = None
@@ -196,6 +214,8 @@ def _batch_statistics(module: nn.Module, enabled: bool, prior: Tensor | None) ->
     finally:
         for layer, (mean, var) in zip(layers, saved, strict=True):
             layer.running_mean, layer.running_var = mean, var
+        for handle in handles:
+            handle.remove()
 
 
 def _logits(output: Any) -> Tensor:

@@ -16,13 +16,14 @@ goes on doing so. Backward takes the batch's statistics *in these factors* as co
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from metaopt.errors import ModelError
 
@@ -36,18 +37,38 @@ def prior_layers(module: nn.Module) -> list[str]:
     ]
 
 
+class ChannelMoments(NamedTuple):
+    """Mean and biased variance of what enters the layers of :func:`prior_layers`, one layer behind the other."""
+
+    count: Tensor  # M, the images that they tell of, ()
+    mean: Tensor  # (C_1 + ... + C_L,)
+    variance: Tensor
+
+
+Recorded = dict[int, tuple[Tensor, Tensor]]
+"""Mean and variance of a batch at each layer, by its place in `prior_layers`; the source's of a layer that did not run."""
+
+
 class SourcePrior(TorchFunctionMode):
     """Within it, BatchNorm layers of ``module`` normalise by the mixture; their buffers stay untouched.
 
     Args:
         module: the network, in ``eval()``.
         counts: N of each layer of :func:`prior_layers`, (L,), at least 0; or one for all, ().
+        stream: counts beside the source, for M images; None or without images: nothing does.
+        record: where the batch's own moments go, of each layer's first call; None: nowhere.
 
     Raises:
         ModelError: another number of counts than the module has such layers.
     """
 
-    def __init__(self, module: nn.Module, counts: Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        counts: Tensor,
+        stream: ChannelMoments | None = None,
+        record: Recorded | None = None,
+    ) -> None:
         super().__init__()
         names = prior_layers(module)
         if counts.ndim > 0 and len(counts) != len(names):
@@ -55,10 +76,17 @@ class SourcePrior(TorchFunctionMode):
                 f"the prior has {len(counts)} counts and {type(module).__name__} has {len(names)} BatchNorm layers "
                 "with source statistics; allowed is one count for each, or a single one"
             )
-        self._counts: dict[int, Tensor] = {
-            id(module.get_submodule(name).running_mean): counts if counts.ndim == 0 else counts[place]
-            for place, name in enumerate(names)
-        }
+        layers = [module.get_submodule(name) for name in names]
+        self._record = record
+        self._places = {id(layer.running_mean): place for place, layer in enumerate(layers)}
+        self._references = [
+            _Reference(counts if counts.ndim == 0 else counts[place], layer.running_mean, layer.running_var)
+            for place, layer in enumerate(layers)
+        ]
+        if stream is not None and stream.mean.numel() > 0:
+            sizes = [len(reference.mean) for reference in self._references]
+            pieces = zip(self._references, stream.mean.split(sizes), stream.variance.split(sizes), strict=True)
+            self._references = [reference.joined(stream.count, *moments) for reference, *moments in pieces]
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -67,10 +95,53 @@ class SourcePrior(TorchFunctionMode):
         named = kwargs or {}
         if func is functional.batch_norm:
             source_mean = args[1] if len(args) > 1 else named.get("running_mean")
-            count = self._counts.get(id(source_mean))
-            if count is not None:
-                return _normalised(count, *args, **named)
+            place = self._places.get(id(source_mean))
+            if place is not None:
+                return self._normalised(place, *args, **named)
         return func(*args, **named)
+
+    def _normalised(
+        self,
+        place: int,
+        input: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """F.batch_norm by the mixture; arguments are its own."""
+        count, source_mean, source_variance = self._references[place]
+        mean, variance = channel_moments(input, source_mean)
+        if self._record is not None:
+            self._record.setdefault(place, (mean, variance))
+        share = input.shape[0] / (input.shape[0] + count.to(mean))
+        mixed = torch.lerp(source_variance, variance, share)
+        if not torch.is_grad_enabled():  # nothing to take back: one pass less, for the statistics are known
+            centre = torch.lerp(source_mean, mean, share)
+            return functional.batch_norm(input, centre, mixed, weight, bias, False, momentum, eps)
+        scale = ((variance + eps) / (mixed + eps)).sqrt()
+        shift = (mean - torch.lerp(source_mean, mean, share)) * (mixed + eps).rsqrt()
+        if weight is not None:
+            scale, shift = weight * scale, weight * shift
+        shift = shift if bias is None else bias + shift
+        return functional.batch_norm(input, None, None, scale, shift, True, momentum, eps)
+
+
+class _Reference(NamedTuple):
+    """What a layer's batch is mixed with."""
+
+    count: Tensor  # images that it counts for
+    mean: Tensor  # (C,)
+    variance: Tensor
+
+    def joined(self, count: Tensor, mean: Tensor, variance: Tensor) -> "_Reference":
+        """This and other moments, by their counts."""
+        total = self.count.to(count) + count
+        share = torch.where(total > 0, count / total.clamp_min(1e-12), 0.0)
+        return _Reference(total, torch.lerp(self.mean, mean, share), torch.lerp(self.variance, variance, share))
 
 
 @torch.no_grad()
@@ -91,26 +162,43 @@ def moments_about(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     return near + offset, away.square_().mean(dims) - offset.square()
 
 
-def _normalised(
-    count: Tensor,
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """F.batch_norm by the mixture; arguments are its own."""
-    mean, variance = channel_moments(input, running_mean)
-    share = input.shape[0] / (input.shape[0] + count.to(mean))
-    mixed = torch.lerp(running_var, variance, share)
-    if not torch.is_grad_enabled():  # nothing to take back: one pass less, for the statistics are known
-        centre = torch.lerp(running_mean, mean, share)
-        return functional.batch_norm(input, centre, mixed, weight, bias, False, momentum, eps)
-    scale = ((variance + eps) / (mixed + eps)).sqrt()
-    shift = (mean - torch.lerp(running_mean, mean, share)) * (mixed + eps).rsqrt()
-    if weight is not None:
-        scale, shift = weight * scale, weight * shift
-    return functional.batch_norm(input, None, None, scale, shift if bias is None else bias + shift, True, momentum, eps)
+def recording_hooks(module: nn.Module, record: Recorded) -> list[RemovableHandle]:
+    """Hooks that note the moments of what enters each layer of :func:`prior_layers`, at its first call."""
+
+    def noting(place: int, near: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if place not in record:
+                record[place] = channel_moments(inputs[0].detach(), near)
+
+        return hook
+
+    layers = [module.get_submodule(name) for name in prior_layers(module)]
+    return [
+        layer.register_forward_pre_hook(noting(place, layer.running_mean)) for place, layer in enumerate(layers)
+    ]
+
+
+def complete(record: Recorded, module: nn.Module) -> None:
+    """Give layers that did not run the source's own moments."""
+    for place, name in enumerate(prior_layers(module)):
+        layer = module.get_submodule(name)
+        record.setdefault(place, (layer.running_mean, layer.running_var))
+
+
+@torch.no_grad()
+def merged_moments(known: ChannelMoments, record: Recorded, images: int, window: float) -> ChannelMoments:
+    """The moments with a batch's added, of which all together count for ``window`` images at most: the past fades.
+
+    Args:
+        known: of the images before; without any it is empty.
+        record: of the batch, at every layer.
+        images: n of the batch.
+        window: the most that they count for.
+    """
+    mean, variance = (torch.cat([record[place][which].detach() for place in sorted(record)]) for which in (0, 1))
+    if known.mean.numel() == 0:
+        return ChannelMoments(known.count.new_full((), min(images, window)), mean, variance)
+    before = known.count.clamp_max(max(window - images, 0.0))
+    share = images / (before + images)
+    total = (before + images).clamp_max(window)
+    return ChannelMoments(total, torch.lerp(known.mean, mean, share), torch.lerp(known.variance, variance, share))

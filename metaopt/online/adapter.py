@@ -1,10 +1,13 @@
 """Deployment: a model that predicts and adapts, batch by batch."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -15,23 +18,34 @@ from metaopt.errors import CheckpointError
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
-from metaopt.optimizers.update import NONFINITE, FiniteGuard, InPlaceApply
+from metaopt.online.gathering import WAITING, Gathering
+from metaopt.online.incoming import as_images, intact_images
+from metaopt.optimizers.update import NONFINITE, InPlaceApply, is_finite
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
 from metaopt.policy.state import State, copied_state, state_from_dict, state_to_dict
-from metaopt.policy.step import REFUSED, adaptation_step, evaluate_on, loss_of
+from metaopt.policy.step import adaptation_step, evaluate_on, loss_of, predict_on
 from metaopt.types import Parameters, StepOutput
 
 FORMAT = "metaopt-online"
-VERSION = 2
+VERSION = 3
+BROKEN = "broken_images"  # event: some of the batch are no images, and were left out
+
+_frozen: ContextVar[tuple["OnlineAdapter", ...]] = ContextVar("frozen", default=())
+"""Adapters that this thread (or task) has frozen: another's calls are not concerned."""
 
 
 class OnlineAdapter:
     """Predicts on each batch, then adapts on it, without labels.
 
     The source model never changes: the adapter runs a skeleton of its own, which shares the network's tensors and has
-    its experts, and keeps the adapted tensors beside it. So adapters in several threads may share one network. Creating
-    an adapter only freezes the model (its tensors no longer require gradients).
+    its experts, and keeps the adapted tensors beside it. So adapters in several threads may share one network, and
+    threads may share an adapter: its calls run one after another, each as a whole. Creating an adapter only freezes the
+    model (its tensors no longer require gradients).
+
+    An image with NaN, or with a pixel far outside [0, 1], is left out: its logits are NaN, the rest of its batch goes on
+    as if it had come alone, and the event ``broken_images`` is counted. Batches much smaller than those that the policy
+    was meta-trained with are answered at once and gathered for an update (:mod:`metaopt.online.gathering`).
 
     Args:
         model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
@@ -41,6 +55,8 @@ class OnlineAdapter:
             :mod:`metaopt.activation_memory.engine`.
         budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
         profiles: what dry runs tell of the model, shared among adapters of one model and objective; None: its own.
+        gather: images that an update is made on at least; None: half of a batch of the policy's meta-training, and 1
+            for a method without.
 
     Raises:
         CheckpointError: the policy was trained on another model.
@@ -56,6 +72,7 @@ class OnlineAdapter:
         memory: str = "dense",
         budget_mib: float | None = None,
         profiles: Profiles | None = None,
+        gather: int | None = None,
     ) -> None:
         self.source = model if isinstance(model, SourceModel) else SourceModel(model)
         policy.check_source(self.source)
@@ -70,70 +87,92 @@ class OnlineAdapter:
         elif "pruning" in self.policy.parts:  # with nothing to choose, nothing is remembered of the layers either
             del self.policy.parts["pruning"]
         self.memory = ActivationMemory(config, pruning.allocation, profiles)
-        self.guard = FiniteGuard()
-        self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
-        self.steps = 0  # batches seen since creation or reset
+        self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, is_finite)
+        self.events: Counter[str] = Counter()  # batches on which something out of the ordinary was done, by its name
+        self.gathering = Gathering.of(self.policy) if gather is None else Gathering(gather)
+        self.steps = 0  # batches seen since creation or reset, but for those without an intact image
+        self.updates = 0  # of these, updated on
         self.start: Parameters  # where adaptation starts
         self.parameters: Parameters
         self.state: State
-        self._frozen = False
+        self._lock = RLock()
         self.reset()
-
-    @property
-    def updates(self) -> int:
-        """Updates applied since creation or the last reset."""
-        if self.apply is None:
-            return 0
-        return self.steps - self.guard.events[NONFINITE] - self.guard.events["skipped"] - self.guard.events[REFUSED]
 
     def reset(self) -> None:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
-        with torch.no_grad():
-            start = self.policy.start(self.layout.take(self.model))
-            self.start = {name: tensor.detach() for name, tensor in start.items()}
-            self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
-            self.state = copied_state(self.policy.init(self.parameters))
-        self.steps = 0
-        self.guard.events.clear()
-        names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
-        self.guard.events.update({name: 0 for name in names})
+        with self._lock:
+            with torch.no_grad():
+                start = self.policy.start(self.layout.take(self.model))
+                self.start = {name: tensor.detach() for name, tensor in start.items()}
+                self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
+                self.state = copied_state(self.policy.init(self.parameters))
+            self.steps = self.updates = 0
+            self.gathering.waiting = None
+            self.events.clear()
+            names = (NONFINITE, BROKEN, *(event for part in self.policy.listed for event in part.events))
+            self.events.update({name: 0 for name in names})
 
     def __call__(self, images: Tensor) -> Tensor:
         """Predict, then adapt (inside ``frozen()``: predict only).
 
         Args:
-            images: (B, 3, H, W) in [0, 1].
+            images: (B, 3, H, W), floats in [0, 1] or bytes.
 
         Returns:
             Logits (B, C) of the model as it was *before* this batch's update, detached.
+
+        Raises:
+            DataError: the images are none, or scaled otherwise (`metaopt.online.incoming`); nothing has changed then.
         """
         return self.step(images).logits
 
     def step(self, images: Tensor) -> StepOutput:
         """As a call, with the loss and its terms beside the logits; all detached."""
-        if self._frozen or self.apply is None:
-            with torch.no_grad():
-                output = evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.updates)
-        else:
-            memory = None if self.memory.config.memory == "dense" else self.memory
-            with torch.enable_grad():
+        return self._step(images, frozen=self in _frozen.get())
+
+    def _step(self, images: Tensor, frozen: bool) -> StepOutput:
+        with self._lock:
+            images = as_images(images, self.model.mean)
+            intact = intact_images(images)
+            if intact is None:
+                output = self._answered(images, frozen)
+            else:
+                output = self._answered_in_part(images, intact, frozen)
+            if not frozen:
+                self.events.update(output.events)
+        return output
+
+    def _answered_in_part(self, images: Tensor, intact: Tensor, frozen: bool) -> StepOutput:
+        """NaN for broken images, and nothing learned of them; a batch of nothing else is none."""
+        logits = images.new_full((len(images), self.model.num_classes), torch.nan)
+        output = StepOutput(logits, updated=False)
+        if bool(intact.any()):
+            output = self._answered(images[intact], frozen)
+            logits = logits.to(output.logits)
+            logits[intact] = output.logits
+        return replace(output, logits=logits, events=(BROKEN, *output.events))
+
+    def _answered(self, images: Tensor, frozen: bool) -> StepOutput:
+        """The output on intact images, (B, C, H, W), and what is learned of them; detached."""
+        arguments = self.policy, self.model, self.parameters
+        gathered = None if frozen else self.gathering.add(images)
+        with torch.set_grad_enabled(gathered is not None and self.apply is not None):
+            if frozen:
+                few = len(images) < self.gathering.least
+                output = replace(evaluate_on(*arguments, images, self.state, self.steps, few), updated=False)
+            elif gathered is None:
+                output = replace(predict_on(*arguments, images, self.state), events=(WAITING,))
+            else:
+                memory = None if self.memory.config.memory == "dense" else self.memory
                 self.parameters, self.state, output = adaptation_step(
-                    self.policy,
-                    self.model,
-                    self.parameters,
-                    self.state,
-                    images,
-                    self.apply,
-                    self.updates,
-                    memory,
-                    self.start,
+                    *arguments, self.state, gathered, self.apply, self.steps, memory, self.start
                 )
-        if not self._frozen:
+        if not frozen:
             self.steps += 1
-            self.guard.events.update(output.events)
+            self.updates += output.updated
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
-        return replace(output, logits=output.logits.detach(), loss=loss, terms=terms)
+        return replace(output, logits=output.logits.detach()[-len(images) :], loss=loss, terms=terms)
 
     def prepare(self, images: Tensor) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.
@@ -141,20 +180,24 @@ class OnlineAdapter:
         Args:
             images: (B, 3, H, W) in [0, 1].
         """
+        images = as_images(images, self.model.mean)
         if self.apply is not None:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
 
     def _loss_of(self, images: Tensor) -> Tensor:
-        return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.updates))
+        return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.steps))
 
     @contextmanager
-    def frozen(self) -> Iterator["OnlineAdapter"]:
-        """Within this context the adapter predicts with what it has learned and changes nothing."""
-        before, self._frozen = self._frozen, True
+    def frozen(self) -> Iterator["FrozenAdapter"]:
+        """Within this context the adapter predicts with what it has learned and changes nothing.
+
+        That holds for calls in the same thread; what the context gives does so in any.
+        """
+        token = _frozen.set((*_frozen.get(), self))
         try:
-            yield self
+            yield FrozenAdapter(self)
         finally:
-            self._frozen = before
+            _frozen.reset(token)
 
     def export(self) -> dict[str, Tensor]:
         """The adapted model as a plain ``state_dict`` of the wrapped module: copies, ready to load or save.
@@ -197,7 +240,9 @@ class OnlineAdapter:
             "parameters": parameters,
             "state": state_to_dict(self.state),
             "steps": self.steps,
-            "events": dict(self.guard.events),
+            "updates": self.updates,
+            "waiting": torch.empty(0) if self.gathering.waiting is None else self.gathering.waiting,
+            "events": dict(self.events),
         }
         atomic_save(values, path)
 
@@ -221,7 +266,8 @@ class OnlineAdapter:
             if values["method"] != self.policy.method:
                 raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
             state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
-            steps, events = int(values["steps"]), dict(values["events"])
+            steps, updates, events = int(values["steps"]), int(values["updates"]), dict(values["events"])
+            waiting = values["waiting"].to(self.model.mean)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
@@ -229,6 +275,22 @@ class OnlineAdapter:
         self.parameters = {
             name: values["parameters"][name].to(tensor).requires_grad_() for name, tensor in self.parameters.items()
         }
-        self.state, self.steps = state, steps
-        self.guard.events.clear()
-        self.guard.events.update(events)
+        self.state, self.steps, self.updates = state, steps, updates
+        self.gathering.waiting = waiting if waiting.numel() > 0 else None
+        self.events.clear()
+        self.events.update(events)
+
+
+class FrozenAdapter:
+    """Predicts with what an adapter has learned, in any thread, and changes nothing."""
+
+    def __init__(self, adapter: OnlineAdapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, C), detached; arguments and errors are those of the adapter."""
+        return self.step(images).logits
+
+    def step(self, images: Tensor) -> StepOutput:
+        """As a call, with the loss and its terms beside the logits."""
+        return self.adapter._step(images, frozen=True)

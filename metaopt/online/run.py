@@ -159,7 +159,7 @@ class _Run:
         self.adapter, self.monitor = adapter, monitor
         self.watch = Stopwatch(device)
         self.domains: list[DomainReport] = []
-        self.guard_events: Counter[str] = Counter({name: 0 for name in adapter.guard.events})
+        self.guard_events: Counter[str] = Counter({name: 0 for name in adapter.events})
         self.updates = self.steps = 0
         self.held_mib = 0.0
         self.cuda_peak_mib: float | None = None
@@ -208,13 +208,13 @@ class _Run:
         self.decisions.log(domain, self.steps)
         if self.loss is not None:
             self.monitor.scalar("online/loss", self.loss, self.steps)
-        for name, count in self.adapter.guard.events.items():
+        for name, count in self.adapter.events.items():
             self.monitor.scalar(f"online/guard/{name}", self.guard_events[name] + count, self.steps)
 
     def collect_counts(self) -> None:
         """Take over the adapter's counters before it is reset."""
         self.updates += self.adapter.updates
-        self.guard_events.update(self.adapter.guard.events)
+        self.guard_events.update(self.adapter.events)
 
     def report(self) -> RunReport:
         """The figures of the run."""

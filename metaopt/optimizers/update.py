@@ -1,6 +1,5 @@
 """How a loss becomes new parameters: in place, as deployed, or as a differentiable step of an unroll."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,25 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.errors import ModelError
 from metaopt.parameters import detached, flatten
 from metaopt.types import LossOf, Parameters, UpdateRule
 
-NONFINITE = "nonfinite"
+NONFINITE = "nonfinite"  # event: an update that was refused for what is not finite
+
+NO_GRADIENT = (
+    "an update would change nothing: allowed is a network that is differentiable from its normalisation layers to its "
+    "logits, so take no_grad, detach and quantised layers out of its forward pass, or use method=bn"
+)
 
 
 def gradients_of(
     loss: Tensor, parameters: Parameters, create_graph: bool = False, retain_graph: bool = False
 ) -> Parameters:
-    """Gradient of a scalar in each parameter; zeros where the loss does not depend on it."""
+    """Gradient of a scalar in each parameter; zeros where the loss does not depend on it.
+
+    Raises:
+        ModelError: it depends on none of them.
+    """
+    if not loss.requires_grad:
+        raise ModelError(f"the loss has no gradient at all; {NO_GRADIENT}")
     gradients = torch.autograd.grad(
         loss,
         list(parameters.values()),
         create_graph=create_graph,
         retain_graph=retain_graph or create_graph,
         allow_unused=True,
-        materialize_grads=True,
     )
-    return dict(zip(parameters, gradients, strict=True))
+    if all(gradient is None for gradient in gradients):
+        raise ModelError(f"none of the {len(parameters)} adapted tensors gets a gradient; {NO_GRADIENT}")
+    return {
+        name: torch.zeros_like(tensor) if gradient is None else gradient
+        for (name, tensor), gradient in zip(parameters.items(), gradients, strict=True)
+    }
 
 
 def loss_and_gradients(
@@ -79,19 +94,9 @@ class InPlaceApply:
         return detached(parameters), state
 
 
-class FiniteGuard:
-    """Refuses an update whose loss or squared gradient norm is NaN or infinite: parameters and state stay as they were.
+def is_finite(loss: Tensor, gradients: Parameters) -> bool:
+    """Whether the loss and the squared norm of the gradients are neither NaN nor infinite: what is worth an update.
 
-    The square counts because it enters the second moments, where an infinity would stay for good. ``events`` counts the
-    refusals as ``nonfinite``, beside what else happens to a deployed model.
+    The square counts because it enters the second moments, where an infinity would stay for good.
     """
-
-    def __init__(self) -> None:
-        self.events: Counter[str] = Counter({NONFINITE: 0})
-
-    def __call__(self, loss: Tensor, gradients: Parameters) -> bool:
-        """Whether to apply the update."""
-        finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(flatten(gradients).square().sum()))
-        if not finite:
-            self.events[NONFINITE] += 1
-        return finite
+    return bool(torch.isfinite(loss)) and bool(torch.isfinite(flatten(gradients).square().sum()))

@@ -86,6 +86,11 @@ class AdaptationPolicy(nn.Module):
         return dict(self.parts.items()).get(name)
 
     @property
+    def batch_size(self) -> int | None:
+        """Images in a batch of the policy's meta-training; None where it had none."""
+        return self.training.get("config", {}).get("batch_size")
+
+    @property
     def known_shifts(self) -> frozenset[str]:
         """Names of the shifts that the policy was meta-trained or selected on: a score on those is no fair test."""
         config = self.training.get("config", {})

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from metaopt.activation_memory import ActivationMemory
 from metaopt.data.seeding import generator_for
 from metaopt.objectives.weighted import weighted_sum
+from metaopt.optimizers.update import NONFINITE
 from metaopt.parameters import detached, own_values
 from metaopt.policy.part import Part
 from metaopt.policy.policy import AdaptationPolicy
@@ -36,6 +37,8 @@ class StepContext:
     statistics: dict[str, Any] = field(default_factory=dict)  # how layers normalise: arguments of the source model
     events: list[str] = field(default_factory=list)  # what parts did out of the ordinary
     losses: list[Tensor] = field(default_factory=list)  # at each look that the rule took, detached scalars
+    few: bool = False  # whether the images are too few to tell what their domain is like
+    moments: dict[int, tuple[Tensor, Tensor]] | None = None  # of the batch at BatchNorm layers; None: nobody asked
     refused: bool = False  # whether a part found nothing in the batch to learn from
 
     def acting(self, act: str) -> list[Any]:
@@ -99,13 +102,19 @@ def adaptation_step(
     """
     context = StepContext(policy, model, parameters, state, images, position, start)
     if apply is None:
-        return parameters, state, evaluate(context)
+        output = evaluate(context)
+        if bool(torch.isfinite(output.logits).all()):
+            settle(context)
+        return parameters, context.state, replace(output, updated=False)
     meet(context)
     if should_update(context):
         output = update(context, apply, memory)
     else:
         context.parameters = detached(context.parameters)
         output = predict(context)
+    if not output.updated and (NONFINITE in context.events or not bool(torch.isfinite(output.logits).all())):
+        # What such a batch has touched would stay NaN: it leaves nothing behind, and counts for no part.
+        return parameters, state, replace(output, signals={}, events=(NONFINITE,))
     for part in context.acting("judge"):
         part.judge(context, output)
     told = {name: signal for name, signal in context.signals.items() if signal.ndim == 0}
@@ -159,13 +168,12 @@ def update(context: StepContext, apply: ApplyUpdate, memory: ActivationMemory | 
             context.losses.append(loss.detach())
             return loss
 
-        if context.refused:
-            context.events.append(REFUSED)
-        else:
+        if not context.refused:
             context.parameters, rule_state = apply(loss_at, here, before["rule"])
-    if rule_state is before["rule"] and rule_state is not None:  # refused, by a part or by the guard of the rule
+    if rule_state is before["rule"] and rule_state is not None:  # by a part, or for what is not finite
+        context.events.append(REFUSED if context.refused else NONFINITE)
         context.parameters, context.state = detached(context.parameters), before
-        return output
+        return replace(output, updated=False)
     context.remember("rule", rule_state)
     if recorded is not None and pruning is not None:
         context.remember("pruning", recorded.state)
@@ -186,7 +194,8 @@ def evaluate(context: StepContext) -> StepOutput:
         part.condition(context)
     needs = frozenset[str]() if objective is None else objective.needs
     taught = teach(context) if "teacher" in needs else None
-    output = context.forward(features="features" in needs)
+    recording = {} if context.moments is None else {"record": context.moments}
+    output = context.forward(features="features" in needs, **recording)
     if "view" in needs:
         output = output._replace(view_logits=context.forward(augmented(context)).logits)
     logits = answer(context, output.logits)
@@ -219,10 +228,14 @@ def evaluate_on(
     images: Tensor,
     state: State | None = None,
     position: int = 0,
+    few: bool = False,
 ) -> StepOutput:
-    """Predict and weigh the loss without a step, in a fresh state by default; arguments of :func:`adaptation_step`."""
+    """Predict and weigh the loss without a step, in a fresh state by default; arguments of :func:`adaptation_step`.
+
+    With ``few`` the images are too few to tell what their domain is like: what the stream has told counts beside them.
+    """
     state = policy.init(parameters) if state is None else state
-    return evaluate(StepContext(policy, model, parameters, state, images, position))
+    return evaluate(StepContext(policy, model, parameters, state, images, position, few=few))
 
 
 def augmented(context: StepContext) -> Tensor:
@@ -235,6 +248,13 @@ def augmented_by(images: Tensor, randomness: torch.Generator) -> Tensor:
     from metaopt.objectives.views import augmented_view
 
     return augmented_view(images, randomness)
+
+
+def predict_on(
+    policy: AdaptationPolicy, model: nn.Module, parameters: Parameters, images: Tensor, state: State
+) -> StepOutput:
+    """Predict on a few images alone, without a step or a loss; arguments of :func:`adaptation_step`."""
+    return predict(StepContext(policy, model, parameters, state, images, few=True))
 
 
 def predict(context: StepContext) -> StepOutput:

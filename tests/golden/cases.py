@@ -229,7 +229,7 @@ class Streamed:
             frozen = adapter(batches[0])
         if self.ill_conditioned:
             logits = torch.stack([output.logits for output in outputs[:2]])
-            return {"logits": logits, "updates": adapter.updates, "events": dict(adapter.guard.events)}
+            return {"logits": logits, "updates": adapter.updates, "events": dict(adapter.events)}
         losses = [output.loss for output in outputs if output.loss is not None]
         distances = [o.signals["shift_distance"] for o in outputs if "shift_distance" in o.signals]
         state = state_of(adapter)
@@ -240,7 +240,7 @@ class Streamed:
             "distances": torch.stack(distances) if distances else None,
             "updated": [output.updated for output in outputs],
             "updates": adapter.updates,
-            "events": dict(adapter.guard.events),
+            "events": dict(adapter.events),
             "parameters": digests(adapter.parameters),
             "state": torch.stack([digest(tensor) for tensor in state]) if state else None,
         }

@@ -24,7 +24,6 @@ from .methods import (
     restored,
     run,
     same,
-    unless_poisoned,
 )
 
 
@@ -35,7 +34,7 @@ def test_reset_brings_everything_back(method: str) -> None:
     adapter(BATCHES[0] * float("nan"))
     adapter.reset()
     assert adapter.steps == adapter.updates == 0
-    assert adapter.guard.events == QUIET[method]
+    assert adapter.events == QUIET[method]
     assert same(run(adapter), first) and same(run(fresh), first)
     assert same(list(adapter.parameters.values()), list(fresh.parameters.values()))
     assert adapter.updates == UPDATES[method] and adapter.steps == 8
@@ -82,12 +81,13 @@ def test_frozen_changes_nothing(method: str) -> None:
     run(undisturbed, BATCHES[:3])
     counts = adapter.steps, adapter.updates
     with adapter.frozen() as inner:
-        assert inner is adapter
         first = adapter(BATCHES[5])
+        assert torch.equal(inner(BATCHES[5]), first)
         with adapter.frozen():
             assert torch.equal(adapter(BATCHES[5]), first)
         assert torch.equal(adapter(BATCHES[5]), first)  # leaving the inner context does not thaw the outer one
         assert not first.requires_grad
+    assert torch.equal(inner(BATCHES[5]), first)  # outside the context too
     assert (adapter.steps, adapter.updates) == counts
     assert same(run(adapter, BATCHES[3:]), run(undisturbed, BATCHES[3:]))
 
@@ -97,7 +97,7 @@ def test_the_default_policys_parts_act_along_the_stream(method: str) -> None:
     """What else is tested of it here would say little if they did not."""
     adapter = new_adapter(method)
     outputs = [adapter.step(images) for images in BATCHES]
-    assert adapter.guard.events["restored"] == 2
+    assert adapter.events["restored"] == 2
     assert sum(output.updated for output in outputs) == UPDATES[method] == adapter.updates
     for name, tensor in adapter.model.named_parameters():
         assert name not in adapter.start or not torch.equal(adapter.start[name], tensor)
@@ -174,22 +174,6 @@ def test_a_layer_used_twice_adapts_and_is_exported_under_both_names() -> None:
         torch.testing.assert_close(fresh.train()(BATCHES[1]).detach(), adapter(BATCHES[1]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", unless_poisoned(UPDATING))
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_batch_that_is_not_finite_is_counted_and_skipped(method: str, value: float) -> None:
-    adapter, undisturbed = new_adapter(method), new_adapter(method)
-    run(adapter, BATCHES[:3])
-    run(undisturbed, BATCHES[:3])
-    spoiled = BATCHES[3].clone()
-    spoiled[2, 1, 4, 4] = value
-    before = {name: tensor.clone() for name, tensor in adapter.parameters.items()}
-    adapter(spoiled)
-    assert adapter.guard.events == undisturbed.guard.events | {"nonfinite": 1}
-    assert (adapter.steps, adapter.updates) == (4, undisturbed.updates)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.parameters.items())
-    assert same(run(adapter, BATCHES[4:]), run(undisturbed, BATCHES[4:]))
-
-
 @pytest.mark.parametrize("method", ["tent", *DEFAULT])
 def test_a_gradient_whose_square_overflows_is_refused(method: str) -> None:
     """It would stay in the second moments as infinity, and turn into NaN at the next batch."""
@@ -200,10 +184,10 @@ def test_a_gradient_whose_square_overflows_is_refused(method: str) -> None:
     policy.objective.log_weights.data.fill_(50.0)  # times 5e21: the gradient is finite, its square is not
     adapter(images)
     policy.objective.log_weights.data.fill_(0.0)
-    assert adapter.guard.events["nonfinite"] == 1
-    run(adapter, BATCHES[count + 1 :])
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in adapter.parameters.values())
-    assert adapter.updates == UPDATES[method] - 1
+    assert adapter.events["nonfinite"] == 1
+    other = new_adapter(method)
+    assert same(run(adapter, BATCHES[count + 1 :]), run(other, BATCHES[:count] + BATCHES[count + 1 :])[count:])
+    assert adapter.updates == other.updates
 
 
 @pytest.mark.parametrize("method", ["residual", *DEFAULT])

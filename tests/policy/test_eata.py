@@ -93,7 +93,7 @@ def test_a_batch_without_a_reliable_sample_changes_nothing() -> None:
     before = {name: tensor.detach().clone() for name, tensor in found.parameters.items()}
     found(BATCHES[0])
     assert all(torch.equal(tensor.detach(), before[name]) for name, tensor in found.parameters.items())
-    assert (found.steps, found.updates, found.guard.events["refused"]) == (1, 0, 1)
+    assert (found.steps, found.updates, found.events["refused"]) == (1, 0, 1)
     assert found.state["sample_filter"].numel() == 0
 
 

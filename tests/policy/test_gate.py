@@ -81,7 +81,7 @@ def test_a_closed_gate_predicts_alone_holds_nothing_and_changes_nothing() -> Non
     with frozen.frozen():
         torch.testing.assert_close(found.logits, frozen(images), rtol=0, atol=0)
     assert meter.peak_mib == 0.0 and found.loss is None and not found.updated
-    assert adapter.updates == 0 and adapter.guard.events["skipped"] == 1
+    assert adapter.updates == 0 and adapter.events["skipped"] == 1
     for name, tensor in adapter.layout.take(adapter.model).items():
         assert torch.equal(adapter.parameters[name], tensor)
     assert not any(moment.any() for moment in adapter.state["rule"].moments if isinstance(moment, Tensor))
@@ -117,7 +117,7 @@ def test_a_period_begins_anew_where_a_new_domain_does() -> None:
     adapter = OnlineAdapter(tiny_model(), policy)
     stream = [random_images(32, seed) * (1.0 if seed < 6 else 0.3) for seed in range(11)]
     updated = [position for position, images in enumerate(stream) if adapter.step(images).updated]
-    assert adapter.guard.events["restored"] == 1 and updated == [0, 4, 6, 10]
+    assert adapter.events["restored"] == 1 and updated == [0, 4, 6, 10]
 
 
 def test_a_periodic_gate_of_one_is_the_method_without() -> None:

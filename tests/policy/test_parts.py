@@ -131,12 +131,12 @@ def test_reset_brings_everything_back(case: str, model: str) -> None:
     adapter, fresh = (adapter_of(build(case, model), MODELS[model]()) for _ in range(2))
     first = run(adapter)
     assert all(bool(torch.isfinite(logits).all()) for logits in first)
-    assert adapter.guard.events["restored"] == (case == "restoration")
-    without = adapter.guard.events["skipped"] + adapter.guard.events["refused"]
+    assert adapter.events["restored"] == (case == "restoration")
+    without = adapter.events["skipped"] + adapter.events["refused"]
     assert adapter.steps == 3 and adapter.updates == 3 - without
     adapter.reset()
     assert same(adapter.state, fresh.state) and same(adapter.parameters, fresh.parameters)
-    assert adapter.guard.events == fresh.guard.events
+    assert adapter.events == fresh.events
     assert same(run(adapter), first) and same(run(fresh), first)
 
 

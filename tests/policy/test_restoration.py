@@ -78,13 +78,13 @@ def test_a_shift_brings_the_source_back_and_forgets_what_the_rule_remembered() -
     adapter, fresh = OnlineAdapter(model, adam(Restoration(config))), OnlineAdapter(model, adam())
     for seed in range(4):
         adapter(random_images(32, seed))
-    assert adapter.guard.events["restored"] == 0 and adapter.updates == 4
+    assert adapter.events["restored"] == 0 and adapter.updates == 4
     darker = 0.3 * random_images(32, 9)
     torch.testing.assert_close(adapter(darker), fresh(darker))
     torch.testing.assert_close(adapter.parameters, fresh.parameters, rtol=1e-5, atol=1e-5)
-    assert adapter.guard.events["restored"] == 1 and adapter.updates == 5
+    assert adapter.events["restored"] == 1 and adapter.updates == 5
     adapter(0.3 * random_images(32, 10))  # the new domain is the one to compare with from here on
-    assert adapter.guard.events["restored"] == 1
+    assert adapter.events["restored"] == 1
 
 
 def that_remembers() -> AdaptationPolicy:
@@ -102,7 +102,7 @@ def test_in_a_new_domain_every_part_remembers_what_it_would_if_the_stream_began_
         adapter(random_images(32, seed, torch.float64))
     darker = 0.3 * random_images(32, 9, torch.float64)
     outputs = [each.step(darker) for each in (adapter, fresh)]
-    assert adapter.guard.events["restored"] == 1 and all(output.updated for output in outputs)
+    assert adapter.events["restored"] == 1 and all(output.updated for output in outputs)
     found, expected = (each.state[part] for each in (adapter, fresh))
     assert expected is not None
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -124,7 +124,7 @@ def test_save_and_load_go_on_bit_for_bit_across_a_shift(tmp_path) -> None:
     model, policy = tiny_model(), with_parts(tiny_policy(tiny_model()), Restoration())
     stream = [random_images(16, seed) * (1.0 if seed < 3 else 0.4) for seed in range(6)]
     adapter = assert_goes_on(lambda: OnlineAdapter(model, policy), stream, 2, tmp_path / "state.pt")
-    assert adapter.guard.events["restored"] == 1
+    assert adapter.events["restored"] == 1
 
 
 def test_methods_take_the_policys_restoration_or_the_default_one() -> None:

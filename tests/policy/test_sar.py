@@ -63,7 +63,7 @@ def test_a_stream_is_the_papers_equations(memory: str) -> None:
     for images, expected in zip(BATCHES, logits, strict=True):
         torch.testing.assert_close(found(images), expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(float(found.state["recovery"]), mean, rtol=0, atol=1e-9)
-    assert found.updates == len(BATCHES) and found.guard.events["recovered"] == 0
+    assert found.updates == len(BATCHES) and found.events["recovered"] == 0
 
 
 def test_a_sample_has_to_be_reliable_at_both_looks() -> None:
@@ -89,7 +89,7 @@ def test_a_collapsed_model_starts_again() -> None:
     found, fresh = adapter(config), adapter(config)
     for images in BATCHES[:3]:
         found(images)
-    assert found.guard.events["recovered"] == 3
+    assert found.events["recovered"] == 3
     with found.frozen(), fresh.frozen():
         assert torch.equal(found(BATCHES[3]), fresh(BATCHES[3]))
     assert torch.equal(found.state["rule"].velocity, torch.zeros_like(found.state["rule"].velocity))

@@ -2,21 +2,36 @@
 
 What the prior does to a layer is in :mod:`metaopt.models.source_prior`. A small batch tells little of its domain, so
 the source should count for more there; N images of it do so by themselves.
+
+Beside that the part remembers the moments of the stream since its domain began, of which :data:`WINDOW` images count.
+Batches that are answered before they are learned from (`metaopt.online.gathering`) are too small to tell their own, and
+go by the source, the stream and themselves; and the stream's are what an exported network can carry.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy
 import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError
-from metaopt.models import SourceModel, prior_layers
+from metaopt.models import ChannelMoments, SourceModel, merged_moments, prior_layers
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
+from metaopt.types import Parameters
+
+WINDOW = 200.0  # images of the stream that count: layers behind adapted ones see other inputs after some updates
+EVERY = 8  # without a prior, whose way to normalise has the moments at hand, one batch in so many tells them
+
+
+class StreamMemory(NamedTuple):
+    """What the part remembers of the stream since its domain began."""
+
+    batches: Tensor  # learned from, ()
+    moments: ChannelMoments
 
 
 @dataclass(frozen=True)
@@ -64,11 +79,28 @@ class BatchStatistics(Part):
             return self.log_counts.exp()
         return None if self.layers or not self.config.prior else torch.tensor(self.config.prior)
 
+    def init(self, parameters: Parameters) -> StreamMemory:
+        """Nothing yet: the layers' widths are known after the first batch."""
+        like = next(iter(parameters.values())).detach()
+        empty = ChannelMoments(like.new_zeros(()), like.new_zeros(0), like.new_zeros(0))
+        return StreamMemory(like.new_zeros(()), empty)
+
     def condition(self, context: StepContext) -> None:
         """Tell the source model."""
         context.statistics["batch_statistics"] = True
         if (counts := self.counts()) is not None:
             context.statistics["prior"] = counts
+        memory = context.state[self.name]
+        if context.few and memory.moments.mean.numel() > 0:
+            context.statistics["stream"] = memory.moments
+        if counts is not None or int(memory.batches) % EVERY == 0:
+            context.moments = {}
+
+    def settle(self, context: StepContext) -> None:
+        """Remember what the batch has told of the stream."""
+        memory, told = context.state[self.name], context.moments
+        moments = memory.moments if not told else merged_moments(memory.moments, told, len(context.images), WINDOW)
+        context.remember(self.name, StreamMemory(memory.batches + 1, moments))
 
     def direct(self) -> Iterable[Tensor]:
         """The counts act in the forward pass."""
