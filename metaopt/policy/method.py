@@ -218,6 +218,7 @@ DEFAULT_PARTS: Mapping[str, Any] = {
     "batch_statistics": 16,  # images: what Schneider et al. (NeurIPS 2020) found good across batch sizes
     "initialization": True,
     "restoration": True,
+    "weight_ensembling": {"momentum": 0.875, "after": 8, "forget": 8},  # updates: meta-training unrolls 8 by default
     "class_balance": True,
 }
 """Parts of a policy that is meta-trained by default, with their settings."""
