@@ -15,7 +15,7 @@ So torch's own kernel runs, backward keeps one activation as before, and whateve
 goes on doing so. Backward takes the batch's statistics *in these factors* as constants.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,14 +79,7 @@ class SourcePrior(TorchFunctionMode):
         layers = [module.get_submodule(name) for name in names]
         self._record = record
         self._places = {id(layer.running_mean): place for place, layer in enumerate(layers)}
-        self._references = [
-            _Reference(counts if counts.ndim == 0 else counts[place], layer.running_mean, layer.running_var)
-            for place, layer in enumerate(layers)
-        ]
-        if stream is not None and stream.mean.numel() > 0:
-            sizes = [len(reference.mean) for reference in self._references]
-            pieces = zip(self._references, stream.mean.split(sizes), stream.variance.split(sizes), strict=True)
-            self._references = [reference.joined(stream.count, *moments) for reference, *moments in pieces]
+        self._references = _references(layers, counts, stream)
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -142,6 +135,27 @@ class _Reference(NamedTuple):
         total = self.count.to(count) + count
         share = torch.where(total > 0, count / total.clamp_min(1e-12), 0.0)
         return _Reference(total, torch.lerp(self.mean, mean, share), torch.lerp(self.variance, variance, share))
+
+
+def _references(layers: Sequence[nn.Module], counts: Tensor, stream: ChannelMoments | None) -> list[_Reference]:
+    found = [
+        _Reference(counts if counts.ndim == 0 else counts[place], layer.running_mean, layer.running_var)
+        for place, layer in enumerate(layers)
+    ]
+    if stream is None or stream.mean.numel() == 0:
+        return found
+    sizes = [len(reference.mean) for reference in found]
+    pieces = zip(found, stream.mean.split(sizes), stream.variance.split(sizes), strict=True)
+    return [reference.joined(stream.count, mean, variance) for reference, mean, variance in pieces]
+
+
+def running_statistics(
+    module: nn.Module, counts: Tensor, stream: ChannelMoments
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean and variance of each layer of :func:`prior_layers` by source and stream, each a (C,); arguments as above."""
+    layers = [module.get_submodule(name) for name in prior_layers(module)]
+    references = _references(layers, counts, stream)
+    return [reference.mean for reference in references], [reference.variance for reference in references]
 
 
 @torch.no_grad()

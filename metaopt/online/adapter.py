@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
 from metaopt.errors import CheckpointError
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
+from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.gathering import WAITING, Gathering
 from metaopt.online.incoming import as_images, intact_images
 from metaopt.optimizers.update import NONFINITE, InPlaceApply, is_finite
@@ -31,8 +33,8 @@ FORMAT = "metaopt-online"
 VERSION = 3
 BROKEN = "broken_images"  # event: some of the batch are no images, and were left out
 
-_frozen: ContextVar[tuple["OnlineAdapter", ...]] = ContextVar("frozen", default=())
-"""Adapters that this thread (or task) has frozen: another's calls are not concerned."""
+_frozen: ContextVar[tuple["FrozenAdapter", ...]] = ContextVar("frozen", default=())
+"""What this thread (or task) has frozen, the latest last: another's calls are not concerned."""
 
 
 class OnlineAdapter:
@@ -128,9 +130,9 @@ class OnlineAdapter:
 
     def step(self, images: Tensor) -> StepOutput:
         """As a call, with the loss and its terms beside the logits; all detached."""
-        return self._step(images, frozen=self in _frozen.get())
+        return self._step(images, next((view for view in reversed(_frozen.get()) if view.adapter is self), None))
 
-    def _step(self, images: Tensor, frozen: bool) -> StepOutput:
+    def _step(self, images: Tensor, frozen: "FrozenAdapter | None") -> StepOutput:
         with self._lock:
             images = as_images(images, self.model.mean)
             intact = intact_images(images)
@@ -138,11 +140,11 @@ class OnlineAdapter:
                 output = self._answered(images, frozen)
             else:
                 output = self._answered_in_part(images, intact, frozen)
-            if not frozen:
+            if frozen is None:
                 self.events.update(output.events)
         return output
 
-    def _answered_in_part(self, images: Tensor, intact: Tensor, frozen: bool) -> StepOutput:
+    def _answered_in_part(self, images: Tensor, intact: Tensor, frozen: "FrozenAdapter | None") -> StepOutput:
         """NaN for broken images, and nothing learned of them; a batch of nothing else is none."""
         logits = images.new_full((len(images), self.model.num_classes), torch.nan)
         output = StepOutput(logits, updated=False)
@@ -152,12 +154,14 @@ class OnlineAdapter:
             logits[intact] = output.logits
         return replace(output, logits=logits, events=(BROKEN, *output.events))
 
-    def _answered(self, images: Tensor, frozen: bool) -> StepOutput:
+    def _answered(self, images: Tensor, frozen: "FrozenAdapter | None") -> StepOutput:
         """The output on intact images, (B, C, H, W), and what is learned of them; detached."""
         arguments = self.policy, self.model, self.parameters
-        gathered = None if frozen else self.gathering.add(images)
+        gathered = None if frozen is not None else self.gathering.add(images)
         with torch.set_grad_enabled(gathered is not None and self.apply is not None):
-            if frozen:
+            if frozen is not None and frozen.as_exported:
+                output = StepOutput(functional_call(self.model, self._exported(), (images,)).logits, updated=False)
+            elif frozen is not None:
                 few = len(images) < self.gathering.least
                 output = replace(evaluate_on(*arguments, images, self.state, self.steps, few), updated=False)
             elif gathered is None:
@@ -167,7 +171,7 @@ class OnlineAdapter:
                 self.parameters, self.state, output = adaptation_step(
                     *arguments, self.state, gathered, self.apply, self.steps, memory, self.start
                 )
-        if not frozen:
+        if frozen is None:
             self.steps += 1
             self.updates += output.updated
         loss = None if output.loss is None else output.loss.detach()
@@ -188,42 +192,55 @@ class OnlineAdapter:
         return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.steps))
 
     @contextmanager
-    def frozen(self) -> Iterator["FrozenAdapter"]:
+    def frozen(self, as_exported: bool = False) -> Iterator["FrozenAdapter"]:
         """Within this context the adapter predicts with what it has learned and changes nothing.
 
         That holds for calls in the same thread; what the context gives does so in any.
+
+        Args:
+            as_exported: predict as the network of :meth:`export_model` does, without what depends on the batch.
         """
-        token = _frozen.set((*_frozen.get(), self))
+        frozen = FrozenAdapter(self, as_exported)
+        token = _frozen.set((*_frozen.get(), frozen))
         try:
-            yield FrozenAdapter(self)
+            yield frozen
         finally:
             _frozen.reset(token)
 
     def export(self) -> dict[str, Tensor]:
         """The adapted model as a plain ``state_dict`` of the wrapped module: copies, ready to load or save.
 
-        It is the teacher's where that predicts. Experts are not part of it: see :meth:`export_experts`.
+        It is the teacher's where that predicts, and BatchNorm's running statistics are those of the source and of the
+        stream, so that the network predicts in ``eval()`` as the adapter does in ``frozen(as_exported=True)``. What it
+        cannot have is in :attr:`not_exported`, experts (:meth:`export_experts`) for one.
         """
-        return self._exported("module.")
+        with self._lock:
+            return self._copied("module.")
 
     def export_experts(self) -> dict[str, Tensor]:
         """The adapted experts and gates as a ``state_dict`` of `metaopt.experts.Experts`: copies; empty without any."""
-        return self._exported(f"{EXPERTS}.")
+        with self._lock:
+            return self._copied(f"{EXPERTS}.")
 
-    def _exported(self, prefix: str) -> dict[str, Tensor]:
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        current = self.parameters
-        for part in self.policy.listed:
-            current = part.exported(current, self.state.get(part.name))
-        # By identity, because a layer that is used twice has two names there and one here.
-        adapted = {id(own[name]): tensor for name, tensor in current.items()}
-        weights = self.model.state_dict()
-        weights.update({name: adapted[id(tensor)] for name, tensor in own.items() if id(tensor) in adapted})
-        return {
-            name.removeprefix(prefix): tensor.detach().clone()
-            for name, tensor in weights.items()
-            if name.startswith(prefix)
-        }
+    def export_model(self) -> nn.Module:
+        """A copy of the wrapped module with the exported weights, in ``eval()``.
+
+        It takes what that takes: images less the mean, by the standard deviation (``source.mean`` and ``source.std``).
+        """
+        module = copy.deepcopy(self.source.module).eval()
+        module.load_state_dict(self.export())
+        return module
+
+    @property
+    def not_exported(self) -> tuple[str, ...]:
+        """What the adapter does at each batch and an exported network cannot, a few words each."""
+        return not_exported(self.policy, self.state)
+
+    def _copied(self, prefix: str) -> dict[str, Tensor]:
+        return copied_weights(self.model, self._exported(), prefix)
+
+    def _exported(self) -> Parameters:
+        return exported_tensors(self.policy, self.model, self.parameters, self.state)
 
     def save(self, path: str | Path) -> None:
         """Write the adaptation so far (not the model, not the policy), atomically.
@@ -282,15 +299,20 @@ class OnlineAdapter:
 
 
 class FrozenAdapter:
-    """Predicts with what an adapter has learned, in any thread, and changes nothing."""
+    """Predicts with what an adapter has learned, in any thread, and changes nothing.
 
-    def __init__(self, adapter: OnlineAdapter) -> None:
-        self.adapter = adapter
+    Args:
+        adapter: whose; it may go on learning.
+        as_exported: predict as the network of `OnlineAdapter.export_model` does.
+    """
+
+    def __init__(self, adapter: OnlineAdapter, as_exported: bool = False) -> None:
+        self.adapter, self.as_exported = adapter, as_exported
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, C), detached; arguments and errors are those of the adapter."""
         return self.step(images).logits
 
     def step(self, images: Tensor) -> StepOutput:
-        """As a call, with the loss and its terms beside the logits."""
-        return self.adapter._step(images, frozen=True)
+        """As a call, with the loss and its terms beside the logits; without these as an exported network."""
+        return self.adapter._step(images, self)

@@ -90,6 +90,14 @@ class Part(nn.Module):
         """The adapted tensors that the exported model has, in place of those given."""
         return parameters
 
+    def exported_buffers(self, model: SourceModel, state: Any) -> Parameters:
+        """The buffers that the exported model has in place of the source's, by their names in the model."""
+        return {}
+
+    def not_exported(self, state: Any) -> str | None:
+        """What of it no exported model can have, in a few words; None: nothing."""
+        return None
+
     # -- learning -----------------------------------------------------------------------------------------------------
 
     def learned_groups(self) -> dict[str, dict[str, Tensor]]:

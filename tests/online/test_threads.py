@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt import AdaptationPolicy, MethodConfig, OnlineAdapter, SourceModel, build_method, new_policy
 from metaopt.errors import ModelError
+from metaopt.types import StepOutput
 
 from ..tiny import random_images, tiny_net
 
@@ -87,3 +88,60 @@ def test_a_network_that_cannot_be_copied_is_refused_in_one_line() -> None:
     net.lock = __import__("threading").Lock()  # type: ignore[assignment]
     with pytest.raises(ModelError, match=r"TinyNet cannot be copied \(cannot pickle '_thread.lock' object\)"):
         OnlineAdapter(net, tent())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_of_one_adapter_are_whole_in_any_thread(method: str) -> None:
+    """In whatever order they come, each is counted, and what they leave is what they leave in that order alone."""
+    adapter, order = adapters(tiny_net(), method, "dense")[0], []
+    step = adapter._answered
+
+    def noted(images: Tensor, frozen: object) -> StepOutput:
+        order.append(images)
+        return step(images, frozen)  # pyright: ignore[reportArgumentType]
+
+    adapter._answered = noted  # inside the lock: the order in which calls were let in
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(run, [adapter] * 4, STREAMS))
+    alone = adapters(tiny_net(), method, "dense")[0]
+    expected = {images.data_ptr(): alone(images) for images in order}
+    assert adapter.steps == alone.steps == 32 and adapter.updates == alone.updates
+    for stream, answers in zip(STREAMS, outputs, strict=True):
+        assert all(torch.equal(answer, expected[images.data_ptr()]) for images, answer in zip(stream, answers, strict=True))
+    assert all(torch.equal(adapter.parameters[name], tensor) for name, tensor in alone.parameters.items())
+
+
+def test_what_one_thread_freezes_goes_on_in_another() -> None:
+    adapter = OnlineAdapter(tiny_net(), default())
+    with ThreadPoolExecutor(1) as pool, adapter.frozen() as view:
+        expected = view(STREAMS[0][0])
+        pool.submit(adapter, STREAMS[1][0]).result()
+        assert (adapter.steps, adapter.updates) == (1, 1)
+        adapter(STREAMS[1][0])
+        assert adapter.steps == 1
+        assert not torch.equal(pool.submit(view, STREAMS[0][0]).result(), expected)  # it has learned since
+        assert adapter.steps == 1  # what the context gave is frozen in any thread
+
+
+def test_a_view_frozen_inside_another_is_the_one_that_counts() -> None:
+    adapter = OnlineAdapter(tiny_net(), default())
+    run(adapter, STREAMS[0][:2])
+    with adapter.frozen():
+        by_batch = adapter(STREAMS[1][0])
+        with adapter.frozen(as_exported=True):
+            assert not torch.equal(adapter(STREAMS[1][0]), by_batch)
+        assert torch.equal(adapter(STREAMS[1][0]), by_batch)
+
+
+@pytest.mark.slow
+def test_eight_threads_of_a_thousand_calls_each() -> None:
+    net, names = tiny_net(), ["default", "tent", "bn", "teacher"] * 2
+    streams = [[random_images(4, 1000 * place + k % 50) for k in range(1000)] for place in range(8)]
+
+    def built() -> list[OnlineAdapter]:
+        return [OnlineAdapter(net, METHODS[name]()) for name in names]
+
+    alone = [run(adapter, stream) for adapter, stream in zip(built(), streams, strict=True)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(run, built(), streams))
+    assert sum(torch.equal(a, b) for one, two in zip(alone, together, strict=True) for a, b in zip(one, two)) == 8000

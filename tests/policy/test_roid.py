@@ -94,7 +94,7 @@ def test_a_refused_batch_leaves_the_mean_prediction() -> None:
     found(BATCHES[0])
     before = found.state["sample_weights"].clone()
     found(BATCHES[1] * float("nan"))
-    assert torch.equal(found.state["sample_weights"], before) and found.events["nonfinite"] == 1
+    assert torch.equal(found.state["sample_weights"], before) and found.events["broken_images"] == 1
 
 
 @pytest.mark.parametrize("parts", [{"sample_weights": -1.0}, {"weight_ensembling": 1.5}])

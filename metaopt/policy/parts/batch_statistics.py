@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError
-from metaopt.models import ChannelMoments, SourceModel, merged_moments, prior_layers
+from metaopt.models import ChannelMoments, SourceModel, merged_moments, prior_layers, running_statistics
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
 from metaopt.types import Parameters
@@ -101,6 +101,25 @@ class BatchStatistics(Part):
         memory, told = context.state[self.name], context.moments
         moments = memory.moments if not told else merged_moments(memory.moments, told, len(context.images), WINDOW)
         context.remember(self.name, StreamMemory(memory.batches + 1, moments))
+
+    def exported_buffers(self, model: SourceModel, state: StreamMemory) -> Parameters:
+        """Running statistics of the source and the stream, by their counts; none before the first batch."""
+        if state.moments.mean.numel() == 0:
+            return {}
+        counts = self.counts()
+        counts = torch.zeros(()) if counts is None else counts
+        means, variances = running_statistics(model.module, counts.to(state.moments.mean), state.moments)
+        names = [f"module.{name}.running_" for name in prior_layers(model.module)]
+        return {
+            **{name + "mean": mean for name, mean in zip(names, means, strict=True)},
+            **{name + "var": variance for name, variance in zip(names, variances, strict=True)},
+        }
+
+    def not_exported(self, state: StreamMemory) -> str | None:
+        """A batch's own statistics, and without a batch so far any."""
+        if state.moments.mean.numel() == 0:
+            return "batch statistics, for no batch was met: BatchNorm goes by the source's"
+        return "each batch's own statistics: BatchNorm goes by those of the source and of the stream so far"
 
     def direct(self) -> Iterable[Tensor]:
         """The counts act in the forward pass."""

@@ -12,6 +12,7 @@ sees z. As diversity does, it takes the stream's classes for balanced.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -43,6 +44,10 @@ class ClassBalance(Part):
     Config = ClassBalanceConfig
     name = "class_balance"
     own_judge = "drop"
+
+    def not_exported(self, state: Any) -> str:
+        """The correction is one of each batch."""
+        return "class_balance, which corrects by what each batch as a whole is predicted to hold"
 
     def answer(self, _context: StepContext, logits: Tensor) -> Tensor:
         """z' of a batch's logits z, (B, C)."""

@@ -121,6 +121,10 @@ class ExpertsPart(Part):
         tensors = self.mixtures.named_parameters()
         return {f"{NAME}.{name}": t for name, t in tensors if (name.rpartition(".")[2] in EXPERT_TENSORS) == own}
 
+    def not_exported(self, state: Any) -> str:
+        """They stand beside the network."""
+        return "the experts, which export_experts() gives"
+
     def learned_groups(self) -> dict[str, dict[str, Tensor]]:
         """Gates and experts apart."""
         own = dict(self.named_parameters())
