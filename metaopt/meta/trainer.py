@@ -74,6 +74,7 @@ class MetaTrainer:
         self.policy, self.model, self.parameters = build_policy(model, images, config)
         assert isinstance(self.policy.rule, GradientGenerator)
         begin_with(self.policy, start, model)
+        self.start_shifts = frozenset() if start is None else start.known_shifts
         freeze(self.policy, config.frozen, config.only, on_top=start is not None)
         unscale(self.policy, start)
         self.rule = self.policy.rule
@@ -127,6 +128,7 @@ class MetaTrainer:
         policy.training = {
             "config": self.config.to_dict(),
             "shifts": [shift.name for shift in self.sampler.shifts],
+            "start_shifts": sorted(self.start_shifts),
             "epochs": self.progress.epoch,
             "best_epoch": self.progress.best_epoch if chosen else self.progress.epoch,
             "selection": list(self.progress.selection),
@@ -140,6 +142,7 @@ class MetaTrainer:
             "config": self.config.to_dict(),
             "source": self.policy.source.sha256 if self.policy.source else "",
             "shifts": [shift.name for shift in self.sampler.shifts],
+            "start_shifts": sorted(self.start_shifts),
             "weights": self._weights(),
             "optimizer": self.optimizer.state_dict(),
             "randomness": self.randomness.get_state(),
@@ -189,6 +192,7 @@ class MetaTrainer:
         self.best = {name: tensor.clone() for name, tensor in values["best"].items()}
         continued = values["continued"]
         self.continued = None if continued is None else ContinuedTask.from_dict(continued, self.policy)
+        self.start_shifts |= frozenset(values.get("start_shifts", ()))  # which files of older releases lack
 
     def evaluate(self, tasks: Sequence[Task], policy: AdaptationPolicy | None = None) -> Tensor:
         """Mean of the meta-loss over the positions of each task, (tasks,)."""

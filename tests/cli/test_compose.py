@@ -103,7 +103,7 @@ def test_defaults_are_the_published_contract() -> None:
     config = compose(MetaTrainSettings, "meta_train", [])
     assert (config.data.name, config.meta.batch_size, config.n_unlabeled, config.meta.seed) == ("digits", 64, 128, 0)
     assert (config.meta.loss, config.meta.gradient, config.meta.backend) == ("clean_teacher", "first_order", "func")
-    assert (config.meta.generator.variant, config.memory, config.device) == ("residual", "dense", "cpu")
+    assert (config.meta.generator.variant, config.device) == ("residual", "cpu")
     assert config.out is not None and config.out.startswith("runs/meta_train/") and "$" not in config.out
     assert online("--policy", "p").setting == "reset"
 
