@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metaopt.cli.settings import Common, MetaTrainSettings, ModelSettings, SourceSettings
+from metaopt.cli.settings import Common, ModelSettings, SourceSettings, SpeedSettings
 from metaopt.data import Stream, generator_for, load_arrays
 from metaopt.data.images import to_float
 from metaopt.errors import ConfigError, DataError
@@ -96,7 +96,7 @@ def fairness_note(policy: AdaptationPolicy, stream: Stream) -> str:
     return f"not a fair test of the policy: it was meta-trained or selected on {', '.join(known)}" if known else ""
 
 
-def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
+def meta_train_config(settings: SpeedSettings) -> MetaTrainConfig:
     """Settings of meta-training, with what the data say of mirrored images."""
     if settings.meta.flip is not None:
         return settings.meta
