@@ -19,7 +19,7 @@ from metaopt.optimizers.update import NONFINITE, FiniteGuard, InPlaceApply
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
 from metaopt.policy.state import State, copied_state, state_from_dict, state_to_dict
-from metaopt.policy.step import REFUSED, adaptation_step, evaluate_on, loss_of
+from metaopt.policy.step import adaptation_step, evaluate_on, loss_of
 from metaopt.types import Parameters, StepOutput
 
 FORMAT = "metaopt-online"
@@ -73,6 +73,7 @@ class OnlineAdapter:
         self.guard = FiniteGuard()
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
         self.steps = 0  # batches seen since creation or reset
+        self.updates = 0  # updates applied since then
         self.start: Parameters  # where adaptation starts
         self.parameters: Parameters
         self.state: State
@@ -80,11 +81,9 @@ class OnlineAdapter:
         self.reset()
 
     @property
-    def updates(self) -> int:
-        """Updates applied since creation or the last reset."""
-        if self.apply is None:
-            return 0
-        return self.steps - self.guard.events[NONFINITE] - self.guard.events["skipped"] - self.guard.events[REFUSED]
+    def position(self) -> int:
+        """Batches met, updated on or not, those aside that the guard refused: what augmented views are drawn from."""
+        return self.steps - self.guard.events[NONFINITE]
 
     def reset(self) -> None:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
@@ -93,7 +92,7 @@ class OnlineAdapter:
             self.start = {name: tensor.detach() for name, tensor in start.items()}
             self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
             self.state = copied_state(self.policy.init(self.parameters))
-        self.steps = 0
+        self.steps = self.updates = 0
         self.guard.events.clear()
         names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
         self.guard.events.update({name: 0 for name in names})
@@ -113,7 +112,7 @@ class OnlineAdapter:
         """As a call, with the loss and its terms beside the logits; all detached."""
         if self._frozen or self.apply is None:
             with torch.no_grad():
-                output = evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.updates)
+                output = evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.position)
         else:
             memory = None if self.memory.config.memory == "dense" else self.memory
             with torch.enable_grad():
@@ -124,12 +123,13 @@ class OnlineAdapter:
                     self.state,
                     images,
                     self.apply,
-                    self.updates,
+                    self.position,
                     memory,
                     self.start,
                 )
         if not self._frozen:
             self.steps += 1
+            self.updates += output.updated
             self.guard.events.update(output.events)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
@@ -145,7 +145,7 @@ class OnlineAdapter:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
 
     def _loss_of(self, images: Tensor) -> Tensor:
-        return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.updates))
+        return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.position))
 
     @contextmanager
     def frozen(self) -> Iterator["OnlineAdapter"]:
@@ -197,6 +197,7 @@ class OnlineAdapter:
             "parameters": parameters,
             "state": state_to_dict(self.state),
             "steps": self.steps,
+            "updates": self.updates,
             "events": dict(self.guard.events),
         }
         atomic_save(values, path)
@@ -221,7 +222,7 @@ class OnlineAdapter:
             if values["method"] != self.policy.method:
                 raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
             state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
-            steps, events = int(values["steps"]), dict(values["events"])
+            steps, updates, events = int(values["steps"]), int(values["updates"]), dict(values["events"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
@@ -229,6 +230,6 @@ class OnlineAdapter:
         self.parameters = {
             name: values["parameters"][name].to(tensor).requires_grad_() for name, tensor in self.parameters.items()
         }
-        self.state, self.steps = state, steps
+        self.state, self.steps, self.updates = state, steps, updates
         self.guard.events.clear()
         self.guard.events.update(events)
