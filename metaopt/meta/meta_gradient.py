@@ -105,8 +105,9 @@ class FullUnroll(Unroll):
                 for position in range(start, stop + 1):
                     batch, now = self.batches[position], parameters
                     if position < stop:
+                        met = self.first_position + position
                         parameters, state, output = adaptation_step(
-                            self.policy, self.model, now, state, batch.images, self.apply, self.first_position + position
+                            self.policy, self.model, now, state, batch.images, self.apply, met
                         )
                     else:
                         context = self.context(now, state, position)

@@ -9,7 +9,7 @@ from metaopt import registry
 from metaopt.catalogue import CONFIGS, first_comment
 from metaopt.cli import adapt
 from metaopt.cli.compose import compose
-from metaopt.cli.settings import BenchmarkSettings, OnlineSettings
+from metaopt.cli.settings import BenchmarkSettings, MetaTrainSettings, OnlineSettings
 from metaopt.errors import ConfigError
 from metaopt.policy import MethodConfig
 from tests.tiny import tiny_model, tiny_policy
@@ -103,3 +103,10 @@ def test_settings_may_be_changed_on_the_way() -> None:
 def test_what_there_is_not_is_refused(name: str, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         metaopt.load_method(name, **changes)
+
+
+def test_mgtta_descends_what_the_published_recipe_trains_on() -> None:
+    """Mean entropy and, whatever the batch size, 0.4 / 64 of the discrepancy: the released code's loss."""
+    recipe = compose(MetaTrainSettings, "meta_train", ["recipe=published"]).meta
+    trained = {name: weight for name, weight in recipe.objective.items() if weight}
+    assert metaopt.load_method("mgtta").objective == trained == {"entropy": 1.0, "discrepancy": 0.4 / 64}

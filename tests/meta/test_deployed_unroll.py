@@ -23,7 +23,7 @@ def gated(model: SourceModel, every: int | None) -> AdaptationPolicy:
     """Predictions on two views are compared, and the gate stays closed at some batches: at every second, or learned."""
     gate = UpdateGate(UpdateGateConfig(every=every)).double()
     if every is None:
-        gate.weights.data = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64)  # of the batches since the last update
+        gate.weights.data = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64)  # of batches since an update
         gate.bias.data.fill_(-0.8)
     return policy_for(model, terms=TWO_VIEWS, parts=[gate])
 

@@ -1,4 +1,4 @@
-"""What is told of a batch that was not updated on: by the gate, by the guard, by a part, or by a method without a rule."""
+"""What is told of a batch that was not updated on: by gate, guard or part, or by a method without a rule."""
 
 from collections.abc import Mapping
 from typing import Any
