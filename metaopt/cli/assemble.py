@@ -104,7 +104,11 @@ def meta_train_config(settings: SpeedSettings) -> MetaTrainConfig:
 
 
 def assemble_method(
-    config: MethodConfig, policy: AdaptationPolicy | None, model: SourceModel, images: Callable[[], Tensor]
+    config: MethodConfig,
+    policy: AdaptationPolicy | None,
+    model: SourceModel,
+    images: Callable[[], Tensor],
+    seed: int = 0,
 ) -> AdaptationPolicy:
     """The method that a configuration describes, with what it needs of clean source images.
 
@@ -113,11 +117,12 @@ def assemble_method(
         policy: meta-trained policy, where one was given.
         model: the one to adapt.
         images: gives clean unlabeled images; called only where the method needs them and no policy brings what it took.
+        seed: of what the method draws online.
 
     Raises:
         ConfigError: the parts do not go together.
     """
-    method = build_method(config, policy=policy)
+    method = build_method(config, policy=policy, seed=seed)
     method.prepare(model, images)
     return method
 

@@ -193,6 +193,7 @@ class OnlineAdapter:
             "format": FORMAT,
             "version": VERSION,
             "method": self.policy.method,
+            "seed": self.policy.seed,
             "source": self.model.weights_sha256(),
             "parameters": parameters,
             "state": state_to_dict(self.state),
@@ -223,6 +224,7 @@ class OnlineAdapter:
                 raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
             state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
             steps, updates, events = int(values["steps"]), int(values["updates"]), dict(values["events"])
+            seed = int(values["seed"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
@@ -231,5 +233,6 @@ class OnlineAdapter:
             name: values["parameters"][name].to(tensor).requires_grad_() for name, tensor in self.parameters.items()
         }
         self.state, self.steps, self.updates = state, steps, updates
+        self.policy.seed = seed
         self.guard.events.clear()
         self.guard.events.update(events)

@@ -118,20 +118,24 @@ class MethodConfig:
         return self.update != "none" and (self.objective_from_policy or not any(self.objective.values()))
 
 
-def build_method(config: MethodConfig, *, policy: AdaptationPolicy | None = None) -> AdaptationPolicy:
+def build_method(
+    config: MethodConfig, *, policy: AdaptationPolicy | None = None, seed: int | None = None
+) -> AdaptationPolicy:
     """The composition that ``config`` describes.
 
     Args:
         config: the method.
         policy: meta-trained policy, which the generator and, where asked, objective and parts come from.
+        seed: of what the method draws online; None: the policy's, and 0 without one.
 
     Raises:
         ConfigError: a generator or learned part without a policy, an update without an objective, or one that asks a
             teacher without a teacher.
     """
     parts = _parts(config, policy)
+    seed = (0 if policy is None else policy.seed) if seed is None else seed
     if config.update == "none":
-        return AdaptationPolicy(config.name, parts=parts)
+        return AdaptationPolicy(config.name, parts=parts, seed=seed)
     objective = _objective(config, policy)
     _check_teacher(config.name, objective, parts)
     from_policy = policy is not None and config.update == "generator" and policy.part("experts") is not None
@@ -141,6 +145,7 @@ def build_method(config: MethodConfig, *, policy: AdaptationPolicy | None = None
         _generator(config, policy) if config.update == "generator" else config.build_rule(),
         parts,
         policy.adapts if policy is not None and from_policy else config.adapts,
+        seed,
     )
     if policy is not None:
         method.source, method.training = policy.source, policy.training
@@ -240,7 +245,7 @@ def new_policy(
         objective: weight of each term at the start; terms of weight 0 are left out. None: SLR and diversity.
         parts: settings of each part, as `MethodConfig.parts` says.
         learned_objective: whether weights, and what could make an objective cheap, are learned.
-        seed: of the generator's and the parts' first values.
+        seed: of the generator's and the parts' first values, and of what the policy draws online.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -266,4 +271,4 @@ def new_policy(
             part.requires_grad_(False)
     learned = WeightedObjective(weights, learned=learned_objective)
     _check_teacher("policy", learned, found)
-    return AdaptationPolicy("policy", learned, rule, found, adapts)
+    return AdaptationPolicy("policy", learned, rule, found, adapts, seed)

@@ -40,7 +40,7 @@ class AdaptationPolicy(nn.Module):
             learned together with the objective's weights.
         parts: in the order in which they act where several do so at the same place; what one uses is added behind it.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
-        seed: of augmented views.
+        seed: of what is drawn online: augmented views, and a teacher's restores.
     """
 
     def __init__(
@@ -157,6 +157,7 @@ class AdaptationPolicy(nn.Module):
             "version": VERSION,
             "method": self.method,
             "adapts": self.adapts,
+            "seed": self.seed,
             "generator": asdict(self.rule.config),
             "tensors": list(self.rule.tensors),
             "objective": self.objective.to_dict(),
@@ -203,6 +204,7 @@ class AdaptationPolicy(nn.Module):
             GradientGenerator(build(GeneratorConfig, values["generator"], "generator"), values["tensors"]),
             [registry.get("part", name).from_dict(part) for name, part in values["parts"].items()],
             values["adapts"],
+            int(values.get("seed", 0)),  # which files of older releases lack
         )
         dtypes = {tensor.dtype for tensor in values["weights"].values()}
         if len(dtypes) == 1:
