@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
-from metaopt.errors import CheckpointError
+from metaopt.errors import CheckpointError, check_kind
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
@@ -45,7 +45,8 @@ class OnlineAdapter:
     Raises:
         CheckpointError: the policy was trained on another model.
         ModelError: the model has no normalisation layer that can adapt, or no place for the method's experts.
-        ConfigError: memory and budget do not go together; a step raises it where the budget is too small for the batch.
+        ConfigError: memory and budget do not go together, or model or policy are of another type; a step raises it
+            where the budget is too small for the batch.
     """
 
     def __init__(
@@ -57,6 +58,9 @@ class OnlineAdapter:
         budget_mib: float | None = None,
         profiles: Profiles | None = None,
     ) -> None:
+        named = f"build_method(load_method({policy!r}))" if isinstance(policy, str) else "build_method(config)"
+        check_kind("policy", policy, AdaptationPolicy, "an AdaptationPolicy", f"give metaopt.{named}")
+        check_kind("model", model, nn.Module, "an nn.Module", "give the network itself")
         self.source = model if isinstance(model, SourceModel) else SourceModel(model)
         policy.check_source(self.source)
         self.model = policy.attach(self.source)

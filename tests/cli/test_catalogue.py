@@ -1,6 +1,7 @@
 """What there is to choose from, as code and as ``--help`` tell it, and that both name the same things."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,3 +111,16 @@ def test_mgtta_descends_what_the_published_recipe_trains_on() -> None:
     recipe = compose(MetaTrainSettings, "meta_train", ["recipe=published"]).meta
     trained = {name: weight for name, weight in recipe.objective.items() if weight}
     assert metaopt.load_method("mgtta").objective == trained == {"entropy": 1.0, "discrepancy": 0.4 / 64}
+
+
+@pytest.mark.parametrize("listing", [metaopt.list_methods, metaopt.list_parts])
+@pytest.mark.parametrize("pattern", [None, 3, ["a"]])
+def test_a_pattern_is_text(listing: Any, pattern: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^pattern is .*; allowed is text such as"):
+        listing(pattern)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["tent"]])
+def test_a_methods_name_is_text(name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^method .* is unknown; allowed are"):
+        metaopt.load_method(name)
