@@ -15,7 +15,7 @@ from metaopt.errors import CheckpointError, check_kind
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
-from metaopt.optimizers.update import NONFINITE, FiniteGuard, InPlaceApply
+from metaopt.optimizers.update import NONFINITE, FiniteGuard, InPlaceApply, gradients_of
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
 from metaopt.policy.state import State, copied_state, state_from_dict, state_to_dict
@@ -147,6 +147,16 @@ class OnlineAdapter:
         """
         if self.apply is not None:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
+
+    def look(self, images: Tensor) -> None:
+        """Loss and gradient of a batch, kept for backward as a step's are, and nothing that comes of them.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+        """
+        kept = self.memory.step(self.model, self._loss_of, self.parameters, self.state.get("pruning"), images)
+        with torch.enable_grad(), kept:
+            gradients_of(self._loss_of(images), self.parameters)
 
     def _loss_of(self, images: Tensor) -> Tensor:
         return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.position))

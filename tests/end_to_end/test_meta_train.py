@@ -145,7 +145,7 @@ def wait_for(happened: Callable[[], bool], seconds: float = 300.0) -> None:
 
 
 def interrupted(process: subprocess.Popen[str]) -> str:
-    """What the process says on stderr until it ends, by Ctrl-C; by another one where the first went into a finalizer."""
+    """What the process says on stderr until Ctrl-C ends it; another one, where the first was lost in a finalizer."""
     for _ in range(3):
         process.send_signal(signal.SIGINT)
         try:
