@@ -17,7 +17,11 @@ class ConfigError(MetaoptError):
 
 
 class BudgetError(ConfigError):
-    """A budget of bytes is below what a model needs at least."""
+    """A budget of bytes is below what a model needs at least: ``smallest``, in bytes."""
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
 
 
 class CheckpointError(MetaoptError):
@@ -71,3 +75,14 @@ def check_one_of(key: str, value: object, allowed: Iterable[object]) -> None:
     allowed = [*allowed]
     if value not in allowed:
         raise ConfigError(f"{key} is {value!r}; allowed are {', '.join(map(str, allowed))}: choose one")
+
+
+def check_kind(key: str, value: object, kind: type, allowed: str, fix: str) -> None:
+    """Refuse a value of another type, where text or numbers stand for something that has to be made first.
+
+    Raises:
+        ConfigError: it is not of that type.
+    """
+    if not isinstance(value, kind):
+        shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        raise ConfigError(f"{key} is {shown}; allowed is {allowed}: {fix}")

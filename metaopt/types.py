@@ -46,7 +46,7 @@ class StepOutput:
     weights: Mapping[str, Tensor] = field(default_factory=dict)  # scalar weight of each of them
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # scalars told of the batch: shift_distance
     events: tuple[str, ...] = ()  # what parts did out of the ordinary, such as "restored"
-    updated: bool = True  # False where the update gate stayed closed
+    updated: bool = False  # whether the batch was updated on: no gate stayed closed and nothing refused it
 
 
 class UpdateRule(Protocol):

@@ -19,6 +19,7 @@ from metaopt.cli.settings import (
     FootprintSettings,
     MetaTrainSettings,
     OnlineSettings,
+    SpeedSettings,
 )
 from metaopt.optimizers.mgg import VARIANTS, GeneratorConfig
 
@@ -31,7 +32,7 @@ COMMANDS = {
     ("metaopt", "benchmark"): ("benchmark", BenchmarkSettings),
     ("metaopt", "footprint"): ("footprint", FootprintSettings),
     ("metaopt", "source"): ("source", DigitsModelSettings),
-    ("metaopt", "speed"): ("speed", MetaTrainSettings),
+    ("metaopt", "speed"): ("speed", SpeedSettings),
     ("python", "pretrain/meta_train.py"): ("meta_train", MetaTrainSettings),
     ("python", "adapt/online.py"): ("online", OnlineSettings),
     ("python", "adapt/footprint.py"): ("footprint", FootprintSettings),

@@ -30,12 +30,13 @@ SMALLEST_KEEP = 1 / 256  # of a published ratio: below it the mask alone decides
 HALVINGS = 20  # of the search for a common factor, in each step: to a part in a million
 
 
-def _too_small(smallest: int, budget: int) -> BudgetError:
-    """The error for a budget that nothing fits into; ``smallest`` is what a step holds at least. Both in bytes."""
+def too_small(smallest: int, budget_mib: float) -> BudgetError:
+    """The error for a budget that nothing fits into; ``smallest`` is what a step holds at least, in bytes."""
     least = math.ceil(100 * smallest / MIB) / 100
     return BudgetError(
-        f"budget_mib={budget / MIB:.4g} is too small for this model and batch size; allowed are {least:g} or more: set "
-        f"budget_mib={least:g} or lower batch_size"
+        f"budget_mib={budget_mib:g} is too small for this model and batch size; allowed are {least:g} or more: set "
+        f"budget_mib={least:g} or lower batch_size",
+        smallest,
     )
 
 
@@ -58,7 +59,7 @@ def allocate(table: LayerTable, importance: NDArray[numpy.float64], budget: int 
     choices = [hull[0] for hull in table.hulls]
     least = table.costs[numpy.arange(len(choices)), choices]
     if table.peak(least) > budget:
-        raise _too_small(table.peak(least), budget)
+        raise too_small(table.peak(least), budget / MIB)
     # All steps along the hulls: layer, bytes, and the positions in the menu that they start from and lead to.
     steps = [
         (layer, table.costs[layer, after] - table.costs[layer, before], before, after)
@@ -102,7 +103,7 @@ def scale_ratios(table: LayerTable, ratios: NDArray[numpy.float64], budget: int 
     if budget is not None and peak(factor) > budget:
         low, high = 0.0, factor
         if peak(low) > budget:
-            raise _too_small(peak(low), budget)
+            raise too_small(peak(low), budget / MIB)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             low, high = (middle, high) if peak(middle) <= budget else (low, middle)
@@ -133,5 +134,5 @@ def best_uniform(table: LayerTable, budget: int | None) -> dict[str, Precision]:
             ladder.append(choice)
     fitting = [choice for choice in ladder if budget is None or table.peak(costs[:, choice]) <= budget]
     if budget is not None and not fitting:
-        raise _too_small(table.peak(costs[:, ladder[0]]), budget)
+        raise too_small(table.peak(costs[:, ladder[0]]), budget / MIB)
     return table.chosen([fitting[-1]] * len(table.layers))

@@ -6,7 +6,6 @@
 ``pruned``  bits and keep ratio of each layer by the allocation, under the budget.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.activation_memory.allocation import Allocation, AllocationState, build_allocation
-from metaopt.activation_memory.budget import best_uniform
+from metaopt.activation_memory.budget import best_uniform, too_small
 from metaopt.activation_memory.importance import gradient_importance, learning_layers
 from metaopt.activation_memory.layer_table import LayerTable
 from metaopt.activation_memory.profile import Pass, Profiles
 from metaopt.activation_memory.saved_activations import LayerRecord, SavedActivations
 from metaopt.data.seeding import generator_for
-from metaopt.errors import ConfigError
+from metaopt.errors import BudgetError, ConfigError, check_positive
 from metaopt.evaluation.meter import MIB
 from metaopt.types import Parameters
 
@@ -44,8 +43,7 @@ class MemoryConfig:
         budget = self.budget_mib
         if budget is None:
             return
-        if not (math.isfinite(budget) and budget > 0):
-            raise ConfigError(f"budget_mib is {budget}; it must be positive and finite: set for example 64")
+        check_positive("budget_mib", budget, "64")
         if self.memory in ("dense", "exact"):
             raise ConfigError(
                 f"budget_mib={budget:g} does not go with memory={self.memory}, which leaves no choice; allowed are "
@@ -121,7 +119,8 @@ class ActivationMemory:
             state = allocation.observe(self._importance(model, loss_of, parameters, few), state)
             del few
         table = self._table(model, loss_of, parameters, images)
-        chosen = allocation.precisions(table, list(learning), state, self.budget)
+        with self._budget_as_given():
+            chosen = allocation.precisions(table, list(learning), state, self.budget)
         with _watched(parameters) as gradients, SavedActivations(model, memory="pruned", precisions=chosen) as saved:
             yield after
         self.layers, after.state = saved.layers, state
@@ -140,13 +139,24 @@ class ActivationMemory:
         if self.budget is None:
             saved = SavedActivations(model, memory="exact")
         else:
-            chosen = best_uniform(self._table(model, loss_of, parameters, images), self.budget)
+            table = self._table(model, loss_of, parameters, images)
+            with self._budget_as_given():
+                chosen = best_uniform(table, self.budget)
             saved = SavedActivations(model, memory="pruned", precisions=chosen)
         learning = learning_layers(parameters)
         leaves = [parameters[name] for name in learning.values()]
         with saved:
             found = torch.autograd.grad(loss_of(images), leaves, allow_unused=True, materialize_grads=True)
         return gradient_importance(dict(zip(learning.values(), found, strict=True)), learning)
+
+    @contextmanager
+    def _budget_as_given(self) -> Iterator[None]:
+        """Refusals name the budget in the setting's own words, not rounded to whole bytes."""
+        try:
+            yield
+        except BudgetError as error:
+            assert self.config.budget_mib is not None
+            raise too_small(error.smallest, self.config.budget_mib) from None
 
     def _table(self, model: nn.Module, loss_of: Pass, parameters: Parameters, images: Tensor) -> LayerTable:
         prunes = self.config.memory == "pruned"

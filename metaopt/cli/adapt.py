@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def run(settings: OnlineSettings) -> None:
     check_stream(stream, model, device)
     if policy is not None:
         policy = take_policy(policy, settings.transfer, model)
-    method = assemble_method(settings.method, policy, model, lambda: unlabeled_images(settings, device))
+    images = partial(unlabeled_images, settings, device)
+    method = assemble_method(settings.method, policy, model, images, settings.seed)
     assert settings.memory is not None
     adapter = OnlineAdapter(model, method, memory=settings.memory, budget_mib=settings.budget_mib)
     predictions = Predictions()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metaopt.cli.settings import Common, MetaTrainSettings, ModelSettings, SourceSettings
+from metaopt.cli.settings import Common, ModelSettings, SourceSettings, SpeedSettings
 from metaopt.data import Stream, generator_for, load_arrays
 from metaopt.data.images import to_float
 from metaopt.errors import ConfigError, DataError
@@ -96,7 +96,7 @@ def fairness_note(policy: AdaptationPolicy, stream: Stream) -> str:
     return f"not a fair test of the policy: it was meta-trained or selected on {', '.join(known)}" if known else ""
 
 
-def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
+def meta_train_config(settings: SpeedSettings) -> MetaTrainConfig:
     """Settings of meta-training, with what the data say of mirrored images."""
     if settings.meta.flip is not None:
         return settings.meta
@@ -104,7 +104,11 @@ def meta_train_config(settings: MetaTrainSettings) -> MetaTrainConfig:
 
 
 def assemble_method(
-    config: MethodConfig, policy: AdaptationPolicy | None, model: SourceModel, images: Callable[[], Tensor]
+    config: MethodConfig,
+    policy: AdaptationPolicy | None,
+    model: SourceModel,
+    images: Callable[[], Tensor],
+    seed: int = 0,
 ) -> AdaptationPolicy:
     """The method that a configuration describes, with what it needs of clean source images.
 
@@ -113,11 +117,12 @@ def assemble_method(
         policy: meta-trained policy, where one was given.
         model: the one to adapt.
         images: gives clean unlabeled images; called only where the method needs them and no policy brings what it took.
+        seed: of what the method draws online.
 
     Raises:
         ConfigError: the parts do not go together.
     """
-    method = build_method(config, policy=policy)
+    method = build_method(config, policy=policy, seed=seed)
     method.prepare(model, images)
     return method
 

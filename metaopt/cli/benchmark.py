@@ -47,6 +47,7 @@ def run(settings: BenchmarkSettings) -> None:
     with progress(len(listed) * len(streams), "Runs") as bar:
         for seed, stream in streams.items():
             for arm, method in zip(listed, methods, strict=True):
+                method.seed = seed  # of what it draws online
                 try:
                     report = run_stream(
                         OnlineAdapter(

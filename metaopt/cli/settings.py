@@ -68,8 +68,8 @@ class Common:
 
 
 @dataclass
-class MetaTrainSettings(Common):
-    """Settings of ``pretrain/meta_train.py``."""
+class SpeedSettings(Common):
+    """Settings of ``pretrain/speed.py``, which measures a meta-training."""
 
     LIFTED: ClassVar[Mapping[str, str]] = {
         key: "meta" for key in ("batch_size", "seed", "generator", "objective", "parts")
@@ -77,7 +77,19 @@ class MetaTrainSettings(Common):
     """Settings that stand at the top, but belong to a group."""
 
     meta: MetaTrainConfig = field(default_factory=MetaTrainConfig)
-    memory: str = "dense"
+
+    def __post_init__(self) -> None:
+        """Check each value and what they need of one another."""
+        super().__post_init__()
+        check_range("batch_size", self.meta.batch_size, 2, example="64")
+        if not self.data.has_clean_images and self.source.images is None:
+            self.data.clean_images()  # says why not
+
+
+@dataclass
+class MetaTrainSettings(SpeedSettings):
+    """Settings of ``pretrain/meta_train.py``."""
+
     out: str | None = None  # None: runs/meta_train/DATE, and with resume, the folder of that file
     resume: str | None = None  # last.pt of a run that was stopped
     start: str | None = None  # file of a policy whose learned parts training begins with; None: the published rules
@@ -89,12 +101,8 @@ class MetaTrainSettings(Common):
         if self.out is None:
             new = f"runs/meta_train/{datetime.now():%Y-%m-%d_%H-%M-%S}"
             self.out = new if self.resume is None else str(Path(self.resume).parent)
-        MemoryConfig(self.memory)
-        check_range("batch_size", self.meta.batch_size, 2, example="64")
         if self.stop_after is not None:
             check_range("stop_after", self.stop_after, 1, example="1")
-        if not self.data.has_clean_images and self.source.images is None:
-            self.data.clean_images()  # says why not
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from metaopt.allocator import keep_freed_memory
 from metaopt.cli.assemble import load_model, meta_train_config, unlabeled_images
 from metaopt.cli.command import resolve_device, run_command
-from metaopt.cli.settings import MetaTrainSettings
+from metaopt.cli.settings import SpeedSettings
 from metaopt.evaluation import closing_table
 from metaopt.meta import MetaTrainer
 from metaopt.meta.speed import SpeedRow, measure_memory, measure_speed, update_share
@@ -14,7 +14,7 @@ from metaopt.meta.speed import SpeedRow, measure_memory, measure_speed, update_s
 LENGTHS = (2, 16)  # unrolls whose memory is compared
 
 
-def run(settings: MetaTrainSettings) -> None:
+def run(settings: SpeedSettings) -> None:
     """Time every backend, then compare the memory of a long unroll with that of a short one."""
     device = resolve_device(settings.device)
     images = unlabeled_images(settings, device)
@@ -38,7 +38,7 @@ def show(row: SpeedRow) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command with these arguments; None: those of this process."""
     keep_freed_memory()  # as meta-training does
-    return run_command(run, MetaTrainSettings, "speed", argv)
+    return run_command(run, SpeedSettings, "speed", argv)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,19 @@ class ContinuedTask:
 
     parameters: Parameters
     state: State
+    position: int = 0  # batches met so far
 
     @classmethod
-    def of(cls, parameters: Parameters, state: State | None) -> "ContinuedTask | None":
+    def of(cls, parameters: Parameters, state: State | None, position: int) -> "ContinuedTask | None":
         """The end of a task; None where a number is not finite, for nothing can go on from there."""
         if state is None or not all(bool(torch.isfinite(tensor).all()) for tensor in parameters.values()):
             return None
-        return cls(parameters, state)
+        return cls(parameters, state, position)
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors for a file, copied."""
         parameters = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
-        return {"parameters": parameters, "state": state_to_dict(self.state)}
+        return {"parameters": parameters, "state": state_to_dict(self.state), "position": self.position}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], policy: AdaptationPolicy) -> "ContinuedTask":
@@ -38,4 +39,5 @@ class ContinuedTask:
             ValueError: the state is that of another policy or model.
         """
         parameters = detached({name: tensor.clone() for name, tensor in values["parameters"].items()})
-        return cls(parameters, state_from_dict(values["state"], copied_state(policy.init(parameters))))
+        state = state_from_dict(values["state"], copied_state(policy.init(parameters)))
+        return cls(parameters, state, int(values.get("position", 0)))  # which files of older releases lack

@@ -53,8 +53,9 @@ def deployed(
     batches: Iterable[MetaBatch],
     meta_loss: MetaLoss,
     memory: ActivationMemory | None = None,
+    first_position: int = 0,
 ) -> Deployment:
-    """As :func:`unrolled_loss`, from any state on; also what became of it."""
+    """As :func:`unrolled_loss`, from any state on, which has met ``first_position`` batches; also what became of it."""
     parameters = detached({name: tensor.clone() for name, tensor in parameters.items()})
     apply = InPlaceApply(policy.rule) if policy.rule is not None else None
     losses: list[Tensor] = []
@@ -62,7 +63,7 @@ def deployed(
     for position, batch in enumerate(batches):
         with torch.set_grad_enabled(policy.updates):
             parameters, state, output = adaptation_step(
-                policy, model, parameters, state, batch.images, apply, position, memory
+                policy, model, parameters, state, batch.images, apply, first_position + position, memory
             )
         updates += policy.updates and output.updated
         if position > 0:

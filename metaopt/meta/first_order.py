@@ -38,6 +38,7 @@ class _Notes:
     meta: list[Parameters] = field(default_factory=list)  # per position: gradient of the meta-loss
     signals: list[dict[str, Tensor]] = field(default_factory=list)  # per position: what was told of the batch
     after: list[State] = field(default_factory=list)  # per step: the state after it
+    refused: list[bool] = field(default_factory=list)  # per step: whether a part found nothing to learn from
     starts: dict[int, tuple[Parameters, State]] = field(default_factory=dict)  # at each cut
 
 
@@ -68,7 +69,7 @@ class FirstOrderUnroll(Unroll):
         """The linearised steps from one cut to the next: the sum of the positions' linearised meta-losses."""
         scores = []
         for position in range(start, stop + 1):
-            context = self._context(parameters, state, position)
+            context = self.context(parameters, state, position)
             meet(context, notes.signals[position])
             before, state = context.parameters, context.state
             if position > start:
@@ -89,12 +90,11 @@ class FirstOrderUnroll(Unroll):
                 opened = straight_through(z)
                 scores.append(self.lagrange_multiplier * opened)
                 parameters = {name: torch.lerp(old, parameters[name], opened) for name, old in before.items()}
+            if notes.refused[position]:
+                parameters, after = before, state
             judged = {part.name: notes.after[position][part.name] for part in context.acting("judge")}
             state = {**(after if z is None or z.item() > 0 else state), **judged}
         return torch.stack(scores).sum()
-
-    def _context(self, parameters: Parameters, state: State, position: int) -> StepContext:
-        return StepContext(self.policy, self.model, parameters, state, self.batches[position].images, position)
 
     def _pick_steps(self) -> None:
         """Choose the steps that tell of the objective's weights and of the allocation."""
@@ -120,7 +120,7 @@ class FirstOrderUnroll(Unroll):
         for position in range(self.steps + 1):
             if position in starts:
                 notes.starts[position] = (detached(parameters), detached_state(state))
-            context = self._context(parameters, state, position)
+            context = self.context(parameters, state, position)
             with torch.no_grad():
                 meet(context)
             notes.signals.append({name: signal.detach() for name, signal in context.signals.items()})
@@ -131,6 +131,7 @@ class FirstOrderUnroll(Unroll):
             inner, output = self._note(context, self.batches[position], notes)
             if inner is not None:
                 notes.inner.append(inner)
+                notes.refused.append(context.refused)
                 self._decided(context, before, inner, output, z)
                 notes.after.append(context.state)
                 parameters, state = context.parameters, context.state
@@ -144,22 +145,23 @@ class FirstOrderUnroll(Unroll):
         output: StepOutput,
         z: Tensor | None,
     ) -> None:
-        """The update, unless the gate is closed: then the state is that of before but for what the gate remembers."""
-        opens = z is None or z.item() > 0
+        """The update, unless gate or part refuse the batch: then the state is that of before but for what is judged."""
+        context.opened = z is None or z.item() > 0
         if z is not None:
-            self.opened.append(opens)
-        if opens:
+            self.opened.append(context.opened)
+        updates = context.opened and not context.refused
+        if updates:
             self._update(context, inner)
         else:
             context.state = before
         for part in context.acting("judge"):
-            part.judge(context, StepOutput(output.logits.detach(), updated=opens))
+            part.judge(context, StepOutput(output.logits.detach(), updated=updates))
 
     def _note(
         self, context: StepContext, batch: MetaBatch, notes: _Notes
     ) -> tuple[list[tuple[Tensor, Parameters]] | None, StepOutput]:
         """One forward pass and its backward passes. The network's graph ends with this call."""
-        leaves, position = context.parameters, context.position
+        leaves, position = context.parameters, context.position - self.first_position
         probe = PrecisionProbe(self.model, learning_layers(leaves)) if position == self.precision_step else None
         with torch.enable_grad(), nullcontext() if probe is None else probe.watching():
             output = evaluate(context)

@@ -20,7 +20,7 @@ from metaopt.optimizers.update import FuncApply
 from metaopt.parameters import detached
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import State, detached_state
-from metaopt.policy.step import StepContext, adaptation_step, evaluate, meet
+from metaopt.policy.step import adaptation_step, evaluate, meet
 from metaopt.types import ApplyUpdate, Parameters
 
 
@@ -37,6 +37,7 @@ def meta_gradient(
     generator: torch.Generator | None = None,
     budget: BudgetTask | None = None,
     lagrange_multiplier: float = 0.0,
+    position: int = 0,
 ) -> MetaGradient:
     """Unroll the policy over K + 1 batches and differentiate the mean meta-loss in its learned tensors.
 
@@ -52,6 +53,7 @@ def meta_gradient(
         generator: source of the steps at which each term's own gradient is taken, and that of the allocation.
         budget: what is asked of a learned allocation; None: it does not take part.
         lagrange_multiplier: what each update adds to the meta-loss whose gradient is taken, where a gate decides.
+        position: number of batches that parameters and state have met before these, which views are drawn from.
 
     Raises:
         ConfigError: fewer than two batches, a policy that never updates, or ``full`` with an update gate.
@@ -81,6 +83,7 @@ def meta_gradient(
         budget,
         generator,
         lagrange_multiplier,
+        position,
     )
     parameters, state = unroll.run(parameters, state)
     return MetaGradient(unroll.losses, unroll.gradients, parameters, state, unroll.opened)
@@ -102,11 +105,12 @@ class FullUnroll(Unroll):
                 for position in range(start, stop + 1):
                     batch, now = self.batches[position], parameters
                     if position < stop:
+                        met = self.first_position + position
                         parameters, state, output = adaptation_step(
-                            self.policy, self.model, now, state, batch.images, self.apply, position
+                            self.policy, self.model, now, state, batch.images, self.apply, met
                         )
                     else:
-                        context = StepContext(self.policy, self.model, now, state, batch.images, position)
+                        context = self.context(now, state, position)
                         meet(context)
                         output = evaluate(context)
                     if position > start:

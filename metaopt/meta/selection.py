@@ -65,15 +65,15 @@ def selection_loss(
         budgets: of a learned allocation.
     """
     score = CleanTeacher(config.tempered, config.balance if policy.part("class_balance") is not None else None)
-    means, updates, now, state = [], 0, parameters, None
+    means, updates, met, now, state = [], 0, 0, parameters, None
     for task in tasks:
         if state is None or config.continues == 0:
             with torch.no_grad():
                 now = policy.start(parameters)
-                state = policy.init(now)
+                state, met = policy.init(now), 0
         memories = [None, *([] if budgets is None else budgets.memories(task[0].images))]
-        runs = [deployed(policy, model, now, state, task, score, memory) for memory in memories]
-        now, state, updates = runs[0].parameters, runs[0].state, updates + runs[0].updates
+        runs = [deployed(policy, model, now, state, task, score, memory, met) for memory in memories]
+        now, state, updates, met = runs[0].parameters, runs[0].state, updates + runs[0].updates, met + len(task)
         means.extend(torch.stack(run.losses).mean() for run in runs)
     loss = float(torch.stack(means).mean())
     allowed = config.gate_share

@@ -74,6 +74,7 @@ class MetaTrainer:
         self.policy, self.model, self.parameters = build_policy(model, images, config)
         assert isinstance(self.policy.rule, GradientGenerator)
         begin_with(self.policy, start, model)
+        self.start_shifts = frozenset() if start is None else start.known_shifts
         freeze(self.policy, config.frozen, config.only, on_top=start is not None)
         unscale(self.policy, start)
         self.rule = self.policy.rule
@@ -127,6 +128,7 @@ class MetaTrainer:
         policy.training = {
             "config": self.config.to_dict(),
             "shifts": [shift.name for shift in self.sampler.shifts],
+            "start_shifts": sorted(self.start_shifts),
             "epochs": self.progress.epoch,
             "best_epoch": self.progress.best_epoch if chosen else self.progress.epoch,
             "selection": list(self.progress.selection),
@@ -140,6 +142,7 @@ class MetaTrainer:
             "config": self.config.to_dict(),
             "source": self.policy.source.sha256 if self.policy.source else "",
             "shifts": [shift.name for shift in self.sampler.shifts],
+            "start_shifts": sorted(self.start_shifts),
             "weights": self._weights(),
             "optimizer": self.optimizer.state_dict(),
             "randomness": self.randomness.get_state(),
@@ -189,6 +192,7 @@ class MetaTrainer:
         self.best = {name: tensor.clone() for name, tensor in values["best"].items()}
         continued = values["continued"]
         self.continued = None if continued is None else ContinuedTask.from_dict(continued, self.policy)
+        self.start_shifts |= frozenset(values.get("start_shifts", ()))  # which files of older releases lack
 
     def evaluate(self, tasks: Sequence[Task], policy: AdaptationPolicy | None = None) -> Tensor:
         """Mean of the meta-loss over the positions of each task, (tasks,)."""
@@ -201,7 +205,7 @@ class MetaTrainer:
         task = self.sampler.sample(steps, self.randomness)
         budget = None if self.budgets is None else self.budgets.sample(task[0].images, self.randomness)
         length = min(self.config.update_every or steps, steps)
-        parameters, state = self._begin()
+        parameters, state, met = self._begin()
         losses: list[Tensor] = []
         for start in range(0, steps, length):
             result = meta_gradient(
@@ -216,6 +220,7 @@ class MetaTrainer:
                 generator=self.randomness,
                 budget=budget,
                 lagrange_multiplier=self.progress.lagrange_multiplier,
+                position=met + start,
             )
             self._price_updates(result.opened)
             parameters, state = result.parameters, result.state
@@ -224,18 +229,18 @@ class MetaTrainer:
             if self.budgets is not None and budget is not None:
                 over = self.budgets.over_budget(budget, result.state["pruning"])
                 self.monitor.scalar("meta/bytes_over_budget", over, self.progress.updates)
-        self.continued = ContinuedTask.of(parameters, state)
+        self.continued = ContinuedTask.of(parameters, state, met + steps)
         self._log_unroll(losses)
         return float(torch.stack(losses).mean())
 
-    def _begin(self) -> tuple[Parameters, State | None]:
-        """Parameters and state that a task begins with: the source's, or those that the task before it ended with."""
+    def _begin(self) -> tuple[Parameters, State | None, int]:
+        """What a task begins with, the source's or what the task before it ended with: tensors, state, batches met."""
         if self.config.continues == 0:
-            return self.parameters, None
+            return self.parameters, None, 0
         goes_on = float(torch.rand((), generator=self.randomness)) < self.config.continues
         if self.continued is None or not goes_on:
-            return self.parameters, None
-        return self.continued.parameters, self.continued.state
+            return self.parameters, None, 0
+        return self.continued.parameters, self.continued.state, self.continued.position
 
     def _price_updates(self, opened: list[bool]) -> None:
         """Move the price of an update so that the gate comes to open as rarely as asked."""

@@ -18,6 +18,7 @@ from metaopt.errors import ConfigError, check_one_of, check_range
 from metaopt.meta.precision_gradient import BudgetTask
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import State
+from metaopt.policy.step import StepContext
 from metaopt.types import ApplyUpdate, Parameters, StepOutput
 
 GRADIENTS = ("first_order", "full")
@@ -112,6 +113,7 @@ class Unroll:
         budget: BudgetTask | None,
         generator: torch.Generator | None,
         lagrange_multiplier: float = 0.0,
+        first_position: int = 0,
     ) -> None:
         self.policy, self.model, self.batches = policy, model, batches
         self.meta_loss, self.apply, self.config = meta_loss, apply, config
@@ -123,6 +125,7 @@ class Unroll:
         self.losses: list[Tensor] = []
         self.budget, self.generator = budget, generator
         self.lagrange_multiplier, self.opened = lagrange_multiplier, list[bool]()
+        self.first_position = first_position  # batches of the stream before the first of these
 
     @property
     def steps(self) -> int:
@@ -133,6 +136,11 @@ class Unroll:
         """First and last position of each stretch between two cuts."""
         length = self.config.truncation or self.steps
         return [(start, min(start + length, self.steps)) for start in range(0, self.steps, length)]
+
+    def context(self, parameters: Parameters, state: State, position: int) -> StepContext:
+        """The batch at a position of this unroll on its way through the step."""
+        images, met = self.batches[position].images, self.first_position + position
+        return StepContext(self.policy, self.model, parameters, state, images, met)
 
     def begin(self, parameters: Parameters) -> Parameters:
         """Where a fresh unroll starts: learned first values with their graph, all other tensors as leaves."""

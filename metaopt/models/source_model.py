@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metaopt.data.images import check_image_shape
 from metaopt.errors import DataError, ModelError
 from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
@@ -127,7 +128,7 @@ class SourceModel(nn.Module):
             record: with batch statistics, takes this batch's moments at each BatchNorm layer.
 
         Raises:
-            DataError: the images' shape does not fit the model.
+            DataError: the images' shape does not fit the model, or there are none.
             ModelError: features are asked of a model without blocks, or a block did not run; or the prior has another
                 number of layers.
         """
@@ -152,8 +153,7 @@ class SourceModel(nn.Module):
         return ForwardOutput(logits, tuple(recorded[name] for name in self.blocks))
 
     def _check_shape(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise DataError(f"images have shape {tuple(images.shape)}; allowed is (B, 3, H, W): give RGB images")
+        check_image_shape(images)
         fixed = getattr(getattr(self.module, "patch_embed", None), "strict_img_size", False)
         if fixed and self.spec.input_size is not None and tuple(images.shape[1:]) != self.spec.input_size:
             _, height, width = self.spec.input_size

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
-from metaopt.errors import CheckpointError
+from metaopt.errors import CheckpointError, check_kind
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.gathering import WAITING, Gathering
 from metaopt.online.incoming import as_images, intact_images
-from metaopt.optimizers.update import NONFINITE, InPlaceApply, is_finite
+from metaopt.optimizers.update import NONFINITE, InPlaceApply, gradients_of, is_finite
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
 from metaopt.policy.state import State, copied_state, state_from_dict, state_to_dict
@@ -63,7 +63,8 @@ class OnlineAdapter:
     Raises:
         CheckpointError: the policy was trained on another model.
         ModelError: the model has no normalisation layer that can adapt, or no place for the method's experts.
-        ConfigError: memory and budget do not go together; a step raises it where the budget is too small for the batch.
+        ConfigError: memory and budget do not go together, or model or policy are of another type; a step raises it
+            where the budget is too small for the batch.
     """
 
     def __init__(
@@ -76,6 +77,9 @@ class OnlineAdapter:
         profiles: Profiles | None = None,
         gather: int | None = None,
     ) -> None:
+        named = f"build_method(load_method({policy!r}))" if isinstance(policy, str) else "build_method(config)"
+        check_kind("policy", policy, AdaptationPolicy, "an AdaptationPolicy", f"give metaopt.{named}")
+        check_kind("model", model, nn.Module, "an nn.Module", "give the network itself")
         self.source = model if isinstance(model, SourceModel) else SourceModel(model)
         policy.check_source(self.source)
         self.model = policy.attach(self.source)
@@ -99,6 +103,11 @@ class OnlineAdapter:
         self.state: State
         self._lock = RLock()
         self.reset()
+
+    @property
+    def position(self) -> int:
+        """Batches met, updated on or not, which augmented views are drawn from; not those that were not finite or wait."""
+        return self.steps - self.events[NONFINITE] - self.events[WAITING]
 
     def reset(self) -> None:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
@@ -163,13 +172,13 @@ class OnlineAdapter:
                 output = StepOutput(functional_call(self.model, self._exported(), (images,)).logits, updated=False)
             elif frozen is not None:
                 few = len(images) < self.gathering.least
-                output = replace(evaluate_on(*arguments, images, self.state, self.steps, few), updated=False)
+                output = replace(evaluate_on(*arguments, images, self.state, self.position, few), updated=False)
             elif gathered is None:
                 output = replace(predict_on(*arguments, images, self.state), events=(WAITING,))
             else:
                 memory = None if self.memory.config.memory == "dense" else self.memory
                 self.parameters, self.state, output = adaptation_step(
-                    *arguments, self.state, gathered, self.apply, self.steps, memory, self.start
+                    *arguments, self.state, gathered, self.apply, self.position, memory, self.start
                 )
         if frozen is None:
             self.steps += 1
@@ -188,8 +197,18 @@ class OnlineAdapter:
         if self.apply is not None:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
 
+    def look(self, images: Tensor) -> None:
+        """Loss and gradient of a batch, kept for backward as a step's are, and nothing that comes of them.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+        """
+        kept = self.memory.step(self.model, self._loss_of, self.parameters, self.state.get("pruning"), images)
+        with torch.enable_grad(), kept:
+            gradients_of(self._loss_of(images), self.parameters)
+
     def _loss_of(self, images: Tensor) -> Tensor:
-        return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.steps))
+        return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.position))
 
     @contextmanager
     def frozen(self, as_exported: bool = False) -> Iterator["FrozenAdapter"]:
@@ -253,6 +272,7 @@ class OnlineAdapter:
             "format": FORMAT,
             "version": VERSION,
             "method": self.policy.method,
+            "seed": self.policy.seed,
             "source": self.model.weights_sha256(),
             "parameters": parameters,
             "state": state_to_dict(self.state),
@@ -284,7 +304,7 @@ class OnlineAdapter:
                 raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
             state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
             steps, updates, events = int(values["steps"]), int(values["updates"]), dict(values["events"])
-            waiting = values["waiting"].to(self.model.mean)
+            waiting, seed = values["waiting"].to(self.model.mean), int(values["seed"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
@@ -294,6 +314,7 @@ class OnlineAdapter:
         }
         self.state, self.steps, self.updates = state, steps, updates
         self.gathering.waiting = waiting if waiting.numel() > 0 else None
+        self.policy.seed = seed
         self.events.clear()
         self.events.update(events)
 

@@ -40,6 +40,10 @@ class Gathering:
         """
         return cls(max(1, -(-(policy.batch_size or 1) // 2)))
 
+    def completed_by(self, images: Tensor) -> bool:
+        """Whether images that wait would be enough with these."""
+        return self.waiting is not None and len(self.waiting) + len(images) >= self.least
+
     def add(self, images: Tensor) -> Tensor | None:
         """All that have come together with these, (n, C, H, W), where that is enough; else None, and they wait.
 

@@ -1,13 +1,13 @@
 """Compose a method from its parts: what the files under ``configs/method/`` say, made into a policy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from metaopt import registry
-from metaopt.errors import ConfigError, check_one_of, check_positive, check_range
+from metaopt.errors import ConfigError, check_kind, check_one_of, check_positive, check_range
 from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
@@ -118,20 +118,31 @@ class MethodConfig:
         return self.update != "none" and (self.objective_from_policy or not any(self.objective.values()))
 
 
-def build_method(config: MethodConfig, *, policy: AdaptationPolicy | None = None) -> AdaptationPolicy:
+def build_method(
+    config: MethodConfig, *, policy: AdaptationPolicy | None = None, seed: int | None = None
+) -> AdaptationPolicy:
     """The composition that ``config`` describes.
 
     Args:
         config: the method.
         policy: meta-trained policy, which the generator and, where asked, objective and parts come from.
+        seed: of what the method draws online; None: the policy's, and 0 without one.
 
     Raises:
-        ConfigError: a generator or learned part without a policy, an update without an objective, or one that asks a
-            teacher without a teacher.
+        ConfigError: a generator or learned part without a policy, an update without an objective, one that asks a
+            teacher without a teacher, or a setting other than the policy's of what the policy has learned.
     """
+    named = f"load_method({config!r})" if isinstance(config, str) else 'load_method("tent")'
+    check_kind("config", config, MethodConfig, "a MethodConfig", f"give metaopt.{named}")
+    if policy is not None:
+        check_kind("policy", policy, AdaptationPolicy, "a policy or None", "give AdaptationPolicy.load(path)")
+    if seed is not None:
+        check_range("seed", seed, 0, example="0")
     parts = _parts(config, policy)
+    seed = (0 if policy is None else policy.seed) if seed is None else seed
     if config.update == "none":
-        return AdaptationPolicy(config.name, parts=parts)
+        return AdaptationPolicy(config.name, parts=parts, seed=seed)
+    _check_adapts(config, policy)
     objective = _objective(config, policy)
     _check_teacher(config.name, objective, parts)
     from_policy = policy is not None and config.update == "generator" and policy.part("experts") is not None
@@ -141,10 +152,22 @@ def build_method(config: MethodConfig, *, policy: AdaptationPolicy | None = None
         _generator(config, policy) if config.update == "generator" else config.build_rule(),
         parts,
         policy.adapts if policy is not None and from_policy else config.adapts,
+        seed,
     )
     if policy is not None:
         method.source, method.training = policy.source, policy.training
     return method
+
+
+def _check_adapts(config: MethodConfig, policy: AdaptationPolicy | None) -> None:
+    """A generator has a learned step size for each tensor that it was trained on, and for no other."""
+    if policy is None or config.update != "generator" or config.adapts in ("norm", policy.adapts):
+        return
+    raise ConfigError(
+        f"method.adapts is {config.adapts!r} and the policy was trained on {policy.adapts}; allowed is that, for its "
+        "generator has learned step sizes of those tensors alone: leave method.adapts out, or run a hand-made rule on "
+        "the policy's objective, method=adam"
+    )
 
 
 def _check_teacher(name: str, objective: WeightedObjective, parts: list[Part]) -> None:
@@ -163,15 +186,21 @@ def _parts(config: MethodConfig, policy: AdaptationPolicy | None) -> list[Part]:
         part = learned.get(name) if value is True else None
         part = registry.get("part", name)(values) if part is None else part
         if part is not learned.get(name) and part.learned_only:
-            if name in learned and learned[name].learned_only:  # its settings are those of meta-training
+            if name in learned and learned[name].learned_only:
+                _check_as_learned(learned[name], value, values)
                 part = learned[name]
             elif policy is None:
                 raise ConfigError(
                     f"method {config.name!r} has parts.{name} and no policy, which learns it; allowed without one is "
                     f"false: set method.parts.{name}=false, or give a policy"
                 )
-            else:
+            elif value is True or value == {}:
                 continue  # a policy that was trained without one runs without one
+            else:
+                raise ConfigError(
+                    f"method.parts.{name} is {value} and the policy has not learned it; allowed are true, which a "
+                    f"policy without it runs without, and false: leave it out, or train with parts.{name}={value}"
+                )
         found[name] = part
     if config.inherit:
         found |= {name: part for name, part in learned.items() if name not in config.parts and not part.helper}
@@ -180,6 +209,20 @@ def _parts(config: MethodConfig, policy: AdaptationPolicy | None) -> list[Part]:
         if "teacher" in learned:
             found.setdefault("teacher", learned["teacher"])
     return [found[name] for name in registry.PARTS if name in found]
+
+
+def _check_as_learned(part: Part, value: Any, values: Any) -> None:
+    """Settings of a part that the policy has learned: none, or those that it was learned with."""
+    names = [each.name for each in fields(values)]
+    given = names if isinstance(value, type(values)) else value if isinstance(value, Mapping) else names[:1]
+    for setting in () if value is True else given:
+        asked, learned = getattr(values, setting), getattr(part.config, setting)
+        if asked != learned:
+            key = f"parts.{part.name}"
+            raise ConfigError(
+                f"method.{key}.{setting} is {asked} and the policy has learned this part with {learned}; allowed is "
+                f"that: set method.{key}=true, or train with {key}.{setting}={asked}"
+            )
 
 
 def _objective(config: MethodConfig, policy: AdaptationPolicy | None) -> WeightedObjective:
@@ -241,12 +284,19 @@ def new_policy(
         objective: weight of each term at the start; terms of weight 0 are left out. None: SLR and diversity.
         parts: settings of each part, as `MethodConfig.parts` says.
         learned_objective: whether weights, and what could make an objective cheap, are learned.
-        seed: of the generator's and the parts' first values.
+        seed: of the generator's and the parts' first values, and of what the policy draws online.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
         ModelError: the model has nothing to adapt, or no place for a part.
     """
+    check_kind("model", model, SourceModel, "a SourceModel", "wrap it in SourceModel(model)")
+    check_kind("parts", parts, Mapping, "a mapping of settings by part", "give {} for none")
+    if generator is not None:
+        check_kind("generator", generator, GeneratorConfig, "a GeneratorConfig", "give GeneratorConfig(variant=...)")
+    if objective is not None:
+        check_kind("objective", objective, Mapping, "a mapping of weights by term", "give for example {'slr': 1}")
+    check_range("seed", seed, 0, example="0")
     given = {"slr": 1.0, "diversity": 1.0} if objective is None else objective
     weights = {name: weight for name, weight in given.items() if weight != 0}
     named = MethodConfig("policy", parts=dict(parts)).named_parts()
@@ -267,4 +317,4 @@ def new_policy(
             part.requires_grad_(False)
     learned = WeightedObjective(weights, learned=learned_objective)
     _check_teacher("policy", learned, found)
-    return AdaptationPolicy("policy", learned, rule, found, adapts)
+    return AdaptationPolicy("policy", learned, rule, found, adapts, seed)

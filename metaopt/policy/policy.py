@@ -40,7 +40,7 @@ class AdaptationPolicy(nn.Module):
             learned together with the objective's weights.
         parts: in the order in which they act where several do so at the same place; what one uses is added behind it.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
-        seed: of augmented views.
+        seed: of what is drawn online: augmented views, and a teacher's restores.
     """
 
     def __init__(
@@ -92,9 +92,13 @@ class AdaptationPolicy(nn.Module):
 
     @property
     def known_shifts(self) -> frozenset[str]:
-        """Names of the shifts that the policy was meta-trained or selected on: a score on those is no fair test."""
-        config = self.training.get("config", {})
-        return frozenset([*self.training.get("shifts", ()), *config.get("selection_shifts", ())])
+        """Names of the shifts that the policy was meta-trained or selected on: a score on those is no fair test.
+
+        Those of the policies that its training began with count too.
+        """
+        training, config = self.training, self.training.get("config", {})
+        listed = training.get("shifts", ()), training.get("start_shifts", ()), config.get("selection_shifts", ())
+        return frozenset(name for names in listed for name in names)
 
     def attach(self, model: SourceModel) -> SourceModel:
         """The model that the method adapts: a skeleton of its own, which shares every tensor with the one given.
@@ -158,6 +162,7 @@ class AdaptationPolicy(nn.Module):
             "version": VERSION,
             "method": self.method,
             "adapts": self.adapts,
+            "seed": self.seed,
             "generator": asdict(self.rule.config),
             "tensors": list(self.rule.tensors),
             "objective": self.objective.to_dict(),
@@ -204,6 +209,7 @@ class AdaptationPolicy(nn.Module):
             GradientGenerator(build(GeneratorConfig, values["generator"], "generator"), values["tensors"]),
             [registry.get("part", name).from_dict(part) for name, part in values["parts"].items()],
             values["adapts"],
+            int(values.get("seed", 0)),  # which files of older releases lack
         )
         dtypes = {tensor.dtype for tensor in values["weights"].values()}
         if len(dtypes) == 1:

@@ -30,7 +30,7 @@ class StepContext:
     parameters: Parameters  # adapted tensors
     state: State  # of the rule and the parts
     images: Tensor  # (B, 3, H, W) in [0, 1]
-    position: int = 0  # updates before this batch, which augmented views are drawn from
+    position: int = 0  # batches before this one, which augmented views are drawn from
     own_start: Parameters | None = None  # where adaptation starts, if it is known already
     signals: dict[str, Tensor] = field(default_factory=dict)  # what was told of the batch, by name
     tensors: Parameters = field(default_factory=dict)  # stand in for the model's own, beside the adapted ones
@@ -39,6 +39,7 @@ class StepContext:
     losses: list[Tensor] = field(default_factory=list)  # at each look that the rule took, detached scalars
     few: bool = False  # whether the images are too few to tell what their domain is like
     moments: dict[int, tuple[Tensor, Tensor]] | None = None  # of the batch at BatchNorm layers; None: nobody asked
+    opened: bool = True  # whether the update gate let it through, where there is one
     refused: bool = False  # whether a part found nothing in the batch to learn from
 
     def acting(self, act: str) -> list[Any]:
@@ -93,7 +94,7 @@ def adaptation_step(
         state: state before this batch.
         images: (B, 3, H, W) in [0, 1].
         apply: how a loss becomes new parameters; None only for a method that never updates.
-        position: number of updates before this one, which augmented views of the images are drawn from.
+        position: number of batches before this one, updated on or not: augmented views of the images are drawn from it.
         memory: how activations are kept for backward; None: as torch keeps them.
         start: where adaptation starts, if it is known already.
 
@@ -107,7 +108,8 @@ def adaptation_step(
             settle(context)
         return parameters, context.state, replace(output, updated=False)
     meet(context)
-    if should_update(context):
+    context.opened = should_update(context)
+    if context.opened:
         output = update(context, apply, memory)
     else:
         context.parameters = detached(context.parameters)
@@ -178,7 +180,7 @@ def update(context: StepContext, apply: ApplyUpdate, memory: ActivationMemory | 
     if recorded is not None and pruning is not None:
         context.remember("pruning", recorded.state)
     settle(context)
-    return output
+    return replace(output, updated=True)
 
 
 def settle(context: StepContext) -> None:
@@ -262,7 +264,7 @@ def predict(context: StepContext) -> StepOutput:
     with torch.no_grad():
         for part in context.acting("condition"):
             part.condition(context)
-        return StepOutput(answer(context, None), updated=False)
+        return StepOutput(answer(context, None))
 
 
 def teach(context: StepContext) -> Tensor | None:

@@ -49,7 +49,7 @@ def transferred(policy: AdaptationPolicy, model: SourceModel) -> tuple[Adaptatio
         found, words = part.transferred(model)
         parts += [] if found is None else [found]
         notes.append(f"{part.name}: {words}")
-    found = AdaptationPolicy(policy.method, before.objective, rule, parts)
+    found = AdaptationPolicy(policy.method, before.objective, rule, parts, seed=policy.seed)
     found.source, found.training = SourceRecord.of(model), dict(policy.training)
     return found, notes
 

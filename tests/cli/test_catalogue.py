@@ -1,6 +1,7 @@
 """What there is to choose from, as code and as ``--help`` tell it, and that both name the same things."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from metaopt import registry
 from metaopt.catalogue import CONFIGS, first_comment
 from metaopt.cli import adapt
 from metaopt.cli.compose import compose
-from metaopt.cli.settings import BenchmarkSettings, OnlineSettings
+from metaopt.cli.settings import BenchmarkSettings, MetaTrainSettings, OnlineSettings
 from metaopt.errors import ConfigError
 from metaopt.policy import MethodConfig
 from tests.tiny import tiny_model, tiny_policy
@@ -103,3 +104,23 @@ def test_settings_may_be_changed_on_the_way() -> None:
 def test_what_there_is_not_is_refused(name: str, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         metaopt.load_method(name, **changes)
+
+
+def test_mgtta_descends_what_the_published_recipe_trains_on() -> None:
+    """Mean entropy and, whatever the batch size, 0.4 / 64 of the discrepancy: the released code's loss."""
+    recipe = compose(MetaTrainSettings, "meta_train", ["recipe=published"]).meta
+    trained = {name: weight for name, weight in recipe.objective.items() if weight}
+    assert metaopt.load_method("mgtta").objective == trained == {"entropy": 1.0, "discrepancy": 0.4 / 64}
+
+
+@pytest.mark.parametrize("listing", [metaopt.list_methods, metaopt.list_parts])
+@pytest.mark.parametrize("pattern", [None, 3, ["a"]])
+def test_a_pattern_is_text(listing: Any, pattern: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^pattern is .*; allowed is text such as"):
+        listing(pattern)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["tent"]])
+def test_a_methods_name_is_text(name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^method .* is unknown; allowed are"):
+        metaopt.load_method(name)

@@ -15,6 +15,7 @@ from metaopt.cli.settings import (
     FootprintSettings,
     MetaTrainSettings,
     OnlineSettings,
+    SpeedSettings,
 )
 from metaopt.errors import ConfigError
 from metaopt.policy import MethodConfig
@@ -25,7 +26,7 @@ SCHEMAS = {
     "online": OnlineSettings,
     "benchmark": BenchmarkSettings,
     "source": DigitsModelSettings,
-    "speed": MetaTrainSettings,
+    "speed": SpeedSettings,
     "footprint": FootprintSettings,
 }
 
@@ -76,7 +77,7 @@ def test_every_choice_composes(path: Path) -> None:
 
 
 def test_a_command_takes_the_groups_of_the_file_that_it_includes() -> None:
-    config = compose(MetaTrainSettings, "speed", ["model=digits_vit", "generator=published", "meta.steps=4"])
+    config = compose(SpeedSettings, "speed", ["model=digits_vit", "generator=published", "meta.steps=4"])
     assert (config.model.name, config.meta.generator.variant, config.meta.steps) == ("digits_vit", "published", 4)
 
 
@@ -103,7 +104,7 @@ def test_defaults_are_the_published_contract() -> None:
     config = compose(MetaTrainSettings, "meta_train", [])
     assert (config.data.name, config.meta.batch_size, config.n_unlabeled, config.meta.seed) == ("digits", 64, 128, 0)
     assert (config.meta.loss, config.meta.gradient, config.meta.backend) == ("clean_teacher", "first_order", "func")
-    assert (config.meta.generator.variant, config.memory, config.device) == ("residual", "dense", "cpu")
+    assert (config.meta.generator.variant, config.device) == ("residual", "cpu")
     assert config.out is not None and config.out.startswith("runs/meta_train/") and "$" not in config.out
     assert online("--policy", "p").setting == "reset"
 
@@ -159,6 +160,19 @@ def test_lists_may_be_written_with_and_without_brackets() -> None:
 )
 def test_an_unknown_setting_names_the_nearest(argument: str, nearest: str) -> None:
     assert f"unknown setting; did you mean {nearest}?" in refusal(argument)
+
+
+@pytest.mark.parametrize("argument", ["memory=pruned", "budget_mib=4"])
+@pytest.mark.parametrize("command", ["meta_train", "speed"])
+def test_meta_training_refuses_the_memory_of_deployment(command: str, argument: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{argument.partition('=')[0]} is an unknown setting"):
+        compose(SCHEMAS[command], command, [argument])
+
+
+@pytest.mark.parametrize("argument", ["start=a.pt", "resume=last.pt", "stop_after=1", "out=folder"])
+def test_a_measurement_of_speed_refuses_what_it_would_ignore(argument: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{argument.partition('=')[0]} is an unknown setting"):
+        compose(SCHEMAS["speed"], "speed", [argument])
 
 
 @pytest.mark.parametrize("argument", ["+batch_size=3", "++batch_size=3", "~seed"])

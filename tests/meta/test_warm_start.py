@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,30 @@ def test_a_gate_is_learned_on_top_of_a_policy_that_stays_bit_for_bit() -> None:
     fresh = weights_of(trainer_with(parts=GATED).policy)
     assert not torch.equal(after["parts.update_gate.weights"], fresh["parts.update_gate.weights"])
     assert policy.training["config"]["frozen"] == FROZEN
+
+
+def test_a_policy_knows_the_shifts_of_all_trainings_before_it(tmp_path: Path) -> None:
+    first = MetaTrainer(tiny_model(), IMAGES, ["fog"], tiny_config(epochs=1, selection_shifts=("frost",))).run()
+    first.save(tmp_path / "first.pt")
+    loaded = AdaptationPolicy.load(tmp_path / "first.pt")
+    second = MetaTrainer(tiny_model(), IMAGES, ["spatter"], tiny_config(epochs=1), start=loaded).run()
+    third = trained(start=second, parts=GATED, only=("update_gate",))
+    assert first.known_shifts == {"fog", "frost"}
+    assert second.known_shifts == {"fog", "frost", "spatter", "gamma", "posterise"}
+    assert third.known_shifts > second.known_shifts and third.training["shifts"] != second.training["shifts"]
+
+
+def test_a_training_that_goes_on_without_its_start_still_knows_its_shifts() -> None:
+    start = MetaTrainer(tiny_model(), IMAGES, ["fog"], tiny_config(epochs=1)).run()
+    stopped = trainer_with(start, epochs=2)
+    stopped.run(stop_after=1)
+    resumed = trainer_with(None, epochs=2)
+    resumed.load_state_dict(stopped.state_dict())
+    assert "fog" in resumed.run().known_shifts
+    older = {key: value for key, value in stopped.state_dict().items() if key != "start_shifts"}
+    resumed = trainer_with(start, epochs=2)
+    resumed.load_state_dict(older)
+    assert "fog" in resumed.best_policy().known_shifts
 
 
 def test_only_the_gate_learns_as_where_all_else_is_frozen() -> None:

@@ -252,7 +252,7 @@ class TestModule:
         assert SourceModel(net, spec=ModelSpec("segmenter", 4)).num_classes == 4
 
     def test_images_that_do_not_fit_are_refused(self, resnet: SourceModel):
-        with pytest.raises(DataError, match=r"allowed is \(B, 3, H, W\)"):
+        with pytest.raises(DataError, match=r"\(B, 3, H, W\) RGB is needed"):
             resnet(torch.rand(2, 32, 32, 3, dtype=torch.float64))
         with pytest.raises(DataError, match="takes 32x32"):
             load_source_model("digits_vit")(images(2, 40, torch.float32))

@@ -245,3 +245,14 @@ def test_memory_of_the_past_is_not_kept(method: str, count: int) -> None:
     for leaf in pytree.tree_leaves(adapter.state):
         assert not isinstance(leaf, Tensor) or (leaf.grad_fn is None and not leaf.requires_grad)
     assert all(tensor.is_leaf for tensor in adapter.parameters.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_batch_is_refused_and_counts_for_nothing(method: str) -> None:
+    adapter = new_adapter(method)
+    adapter(BATCHES[0])
+    with pytest.raises(DataError, match=r"images have shape \(0, 3, 16, 16\): at least one image is needed"):
+        adapter(BATCHES[0][:0])
+    undisturbed = new_adapter(method)
+    undisturbed(BATCHES[0])
+    assert torch.equal(adapter(BATCHES[1]), undisturbed(BATCHES[1])) and adapter.steps == 2

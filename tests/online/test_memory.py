@@ -71,10 +71,22 @@ def test_what_is_held_stays_within_the_budget_from_the_first_step_on(pruning: st
 
 def test_a_budget_that_is_too_small_names_the_smallest_that_is_enough() -> None:
     adapter = new_adapter(budget=0.01)
-    with pytest.raises(BudgetError, match=r"is too small .* set budget_mib=") as caught:
+    with pytest.raises(BudgetError, match=r"^budget_mib=0.01 is too small .* set budget_mib=") as caught:
         adapter(BATCHES[0])
     least = float(str(caught.value).rpartition("budget_mib=")[2].split()[0])
     assert metered(new_adapter(budget=least), BATCHES[0]) <= least
+
+
+@pytest.mark.parametrize("pruning", ["rate_distortion", "published", "uniform"])
+def test_a_budget_is_told_as_it_was_given(pruning: str) -> None:
+    with pytest.raises(BudgetError, match=r"^budget_mib=0.0001 is too small"):
+        new_adapter(pruning=pruning, budget=0.0001)(BATCHES[0])
+
+
+@pytest.mark.parametrize("budget", ["x", True, [4], -1.0, float("nan")])
+def test_a_budget_is_a_positive_number(budget: object) -> None:
+    with pytest.raises(ConfigError, match=r"^budget_mib is .*; it must be positive and finite: set for example 64"):
+        new_adapter(budget=budget)  # type: ignore[arg-type]
 
 
 def test_exact_is_dense_up_to_rounding_and_holds_less() -> None:

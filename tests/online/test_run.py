@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from metaopt.data import Batch, Domain, ImageSet, Stream, batches, to_bytes
 from metaopt.errors import ConfigError, DataError
 from metaopt.evaluation import Monitor, read_scalars
+from metaopt.models import SourceModel
 from metaopt.online import OnlineAdapter, RunReport, run_stream
 from metaopt.online import run as module
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.parts.restoration import Restoration
 from metaopt.policy.parts.update_gate import UpdateGate, UpdateGateConfig
 
-from ..tiny import BARE, random_images, tiny_model, tiny_net, tiny_policy, with_parts
+from ..tiny import BARE, TinyNet, random_images, tiny_model, tiny_net, tiny_policy, with_parts
 
 TENT = MethodConfig("tent", update="adam", lr=3e-2, objective={"entropy": 1.0}, parts=dict(BARE))
 
@@ -196,6 +198,45 @@ def test_held_memory_is_the_most_of_any_step_also_where_a_larger_batch_is_not_up
     gated = build_method(replace(TENT, parts={**BARE, "update_gate": {"every": 2}}))
     report = run_stream(OnlineAdapter(tiny_model(), gated), two_domains()[::-1], setting="continual", batch_size=40)
     assert report.updates == 1 and report.held_mib > 0
+
+
+@pytest.mark.parametrize("memory", ["dense", "pruned"])
+def test_held_memory_is_that_of_an_update_also_where_the_first_comes_late_and_alone(memory: str) -> None:
+    gate = UpdateGate()
+    gate.weights.data, gate.bias.data = torch.tensor([0.0, 0.0, 1.0, 0.0]), torch.tensor(-1.5)  # opens after 4 at rest
+    policy = with_parts(build_method(TENT), gate)
+    report = run_stream(OnlineAdapter(tiny_model(), policy, memory=memory), [domain("a", 48, 0)], batch_size=8)
+    always = run_stream(
+        OnlineAdapter(tiny_model(), build_method(TENT), memory=memory), [domain("a", 48, 0)], batch_size=8
+    )
+    assert report.updates == 1 and report.guard_events["skipped"] == 5
+    assert report.held_mib == pytest.approx(always.held_mib, rel=0.01) and report.held_mib > 0
+    assert [row.layer for row in report.layers] == [row.layer for row in always.layers] != []
+
+
+SCALED = [False]
+
+
+class Growing(TinyNet):
+    """Keeps a second map of its input's size for backward once it is told to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.bn1(self.conv1(x))
+        hidden = hidden.sigmoid() if SCALED[0] else hidden
+        return self.linear(functional.max_pool2d(self.bn2(self.conv2(hidden.relu())).relu(), 2).flatten(1))
+
+
+def test_held_memory_that_grows_along_the_stream_is_seen() -> None:
+    def grow(*_: Any) -> None:
+        SCALED[0] = True
+
+    held = []
+    for on_batch in (None, grow):
+        SCALED[0] = False
+        adapter = OnlineAdapter(SourceModel(Growing()), build_method(TENT))
+        report = run_stream(adapter, [domain("a", 8 * (module.METER_EVERY + 1), 0)], batch_size=8, on_batch=on_batch)
+        held.append(report.held_mib)
+    assert held[1] > 1.1 * held[0] > 0
 
 
 def test_state_memory_is_measured() -> None:

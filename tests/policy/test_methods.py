@@ -1,6 +1,7 @@
 """Compositions: each method is what its name says, by independent computations."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -136,16 +137,47 @@ def test_another_rate_scales_the_generator_and_nothing_else() -> None:
     assert faster.source == policy.source and faster.objective is policy.objective
 
 
+LEARNED: dict[str, Any] = {"pruning": "learned", "initialization": {"lr": 0.2}, "update_gate": {"share": 0.5}}
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("pruning", "learned"), ("initialization", {}), ("initialization", 0.1), ("update_gate", {"share": 0.5})],
+    [*LEARNED.items(), *((name, each) for name in LEARNED for each in ({}, True)), ("initialization", 0.2)],
 )
-def test_a_part_that_only_training_learns_is_the_policys_whatever_its_settings(name: str, settings: object) -> None:
-    policy = tiny_policy(tiny_model(), parts={**BARE, name: "learned" if name == "pruning" else True})
+def test_a_part_that_only_training_learns_is_the_policys_under_the_same_settings(name: str, settings: object) -> None:
+    policy = tiny_policy(tiny_model(), parts={**BARE, name: LEARNED[name]})
     for inherit in (True, False):
         config = MethodConfig("policy", update="generator", parts={name: settings}, inherit=inherit)
-        assert build_method(config, policy=policy).part(name) is policy.part(name)
-    assert build_method(config, policy=tiny_policy(tiny_model())).part(name) is None
+        if name != "pruning" or settings == "learned":  # the defaults of pruning are those of one that is not learned
+            assert build_method(config, policy=policy).part(name) is policy.part(name)
+    if settings is True:
+        found = build_method(config, policy=tiny_policy(tiny_model())).part(name)
+        assert found is None or name == "pruning"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "setting"),
+    [
+        ("initialization", 0.1, "lr"),
+        ("initialization", {"decay": 1.0}, "decay"),
+        ("update_gate", {"share": 0.3}, "share"),
+    ],
+)
+def test_settings_other_than_those_that_a_part_was_learned_with_are_refused(
+    name: str, settings: object, setting: str
+) -> None:
+    policy = tiny_policy(tiny_model(), parts={**BARE, name: LEARNED[name]})
+    config = MethodConfig("policy", update="generator", parts={name: settings}, inherit=True)
+    words = rf"method.parts.{name}.{setting} is [\d.]+ and the policy has learned .* set method.parts.{name}=true"
+    with pytest.raises(ConfigError, match=words):
+        build_method(config, policy=policy)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_settings_of_a_part_that_the_policy_has_not_learned_are_refused(name: str) -> None:
+    config = MethodConfig("policy", update="generator", parts={name: LEARNED[name]}, inherit=True)
+    with pytest.raises(ConfigError, match=rf"method.parts.{name} is .* and the policy has not learned it; allowed"):
+        build_method(config, policy=tiny_policy(tiny_model()))
 
 
 def test_rates_default_to_the_rules_own() -> None:
@@ -198,6 +230,36 @@ def test_refusals_say_what_to_do() -> None:
         AdaptationPolicy("taught", WeightedObjective({"teacher": 1.0}), Adam())
     with pytest.raises(ValueError, match="needs an update rule"):
         AdaptationPolicy("half", rule=Adam())
+
+
+@pytest.mark.parametrize("adapts", ["all", "experts_norm"])
+def test_a_generator_adapts_what_it_was_trained_on(adapts: str) -> None:
+    parts = {"experts": True} if adapts == "experts_norm" else {}
+    config = MethodConfig("policy", update="generator", adapts=adapts, parts=parts)
+    with pytest.raises(ConfigError, match=rf"method.adapts is '{adapts}' and the policy was trained on norm; .*leave"):
+        build_method(config, policy=tiny_policy(tiny_model()))
+
+
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "policy by name": (lambda: OnlineAdapter(tiny_model(), "tent"), r"policy is 'tent'; .*load_method\('tent'\)"),  # type: ignore[arg-type]
+    "configuration": (lambda: OnlineAdapter(tiny_model(), TENT), r"policy is a MethodConfig; .*build_method"),  # type: ignore[arg-type]
+    "model by name": (lambda: OnlineAdapter("resnet", build_method(TENT)), "model is 'resnet'; .*Module"),  # type: ignore[arg-type]
+    "parts": (lambda: new_policy(tiny_model(), parts="x"), "parts is 'x'; .*mapping"),  # type: ignore[arg-type]
+    "objective": (lambda: new_policy(tiny_model(), objective="x"), "objective is 'x'; .*mapping"),  # type: ignore[arg-type]
+    "generator": (lambda: new_policy(tiny_model(), "published"), "generator is 'published'; .*GeneratorConfig"),  # type: ignore[arg-type]
+    "no source model": (lambda: new_policy(tiny_net()), "model is a TinyNet; .*SourceModel"),  # type: ignore[arg-type]
+    "seed": (lambda: new_policy(tiny_model(), seed="x"), "seed is x; allowed"),  # type: ignore[arg-type]
+    "method": (lambda: build_method("tent"), r"config is 'tent'; .*load_method\('tent'\)"),  # type: ignore[arg-type]
+    "path": (lambda: build_method(TENT, policy="ckpt.pt"), r"policy is 'ckpt.pt'; .*AdaptationPolicy.load"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_of_another_kind_gets_one_line(wrong: str) -> None:
+    call, words = WRONG[wrong]
+    with pytest.raises(ConfigError, match=f"^{words}") as caught:
+        call()
+    assert "\n" not in str(caught.value)
 
 
 def test_new_policies_are_drawn_from_their_seed_alone() -> None:

@@ -14,7 +14,7 @@ model's own tensors, which adaptation never changes, so they need no copy either
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class TeacherConfig:
             are. Then teacher and student agree at the start, where the cross-entropy has no gradient.
         sure_above: mean confidence of the source model on a batch above which the teacher sees the images as they are
             after all (CoTTA: 0.92 on CIFAR-10-C); 1: never.
-        seed: of the restores and the views.
+        seed: of the restores and the views, added to the policy's.
         predicts: whether predictions are the teacher's, or the student's.
 
     Raises:
@@ -122,7 +122,7 @@ class Teacher(Part):
             return context.forward(parameters=average).logits
         logits = []
         for index in range(config.views):
-            randomness = generator_for("teacher view", config.seed, context.position, index)
+            randomness = generator_for("teacher view", config.seed + context.policy.seed, context.position, index)
             logits.append(context.forward(augmented_by(context.images, randomness), average).logits)
         return torch.stack(logits).mean(dim=0)
 
@@ -151,7 +151,8 @@ class Teacher(Part):
         context.remember(self.name, update_teacher(self.config, state, parameters))
         in_place = all(tensor.is_leaf for tensor in parameters.values())
         with torch.no_grad() if in_place else nullcontext():
-            restored = restore(self.config, parameters, context.start, state.step)
+            config = replace(self.config, seed=self.config.seed + context.policy.seed)
+            restored = restore(config, parameters, context.start, state.step)
             if not in_place:
                 context.parameters = restored
                 return

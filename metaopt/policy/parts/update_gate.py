@@ -116,7 +116,7 @@ class UpdateGate(Part):
     def judge(self, context: StepContext, output: StepOutput) -> None:
         """Remember what was decided."""
         context.remember(self.name, next_state(context.state[self.name], output.logits, output.updated))
-        if not output.updated:
+        if not context.opened:
             context.events.append("skipped")
 
 
