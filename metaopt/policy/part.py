@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import ConfigError
 from metaopt.models import SourceModel
+from metaopt.parameters import ParameterLayout
 from metaopt.settings import build
 from metaopt.types import Parameters
 
@@ -126,7 +127,14 @@ class Part(nn.Module):
     @classmethod
     def settings_of(cls, values: Mapping[str, Any]) -> Any:
         """The settings in what :meth:`to_dict` gave."""
-        return settings(cls.Config, values["config"], cls.name)
+        return build(cls.Config, values["config"], cls.name)
+
+    def check_layout(self, layout: ParameterLayout) -> None:
+        """Refuse to have been learned on other tensors than these, the adapted ones of the policy's own model.
+
+        Raises:
+            ValueError: a tensor of that name has another size, or there is none.
+        """
 
     def transferred(self, model: SourceModel) -> tuple[Self | None, str]:
         """The part for another model, and a few words on it; None where it stays behind."""
