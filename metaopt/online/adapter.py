@@ -5,25 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
-from metaopt.errors import CheckpointError
 from metaopt.experts.adapter import NAME as EXPERTS
-from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
+from metaopt.online.adaptation_file import Adaptation, read_adaptation, write_adaptation
 from metaopt.optimizers.update import NONFINITE, FiniteGuard, InPlaceApply
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
-from metaopt.policy.state import State, copied_state, state_from_dict, state_to_dict
+from metaopt.policy.state import State, copied_state
 from metaopt.policy.step import REFUSED, adaptation_step, evaluate_on, loss_of
 from metaopt.types import Parameters, StepOutput
-
-FORMAT = "metaopt-online"
-VERSION = 2
 
 
 class OnlineAdapter:
@@ -188,47 +183,18 @@ class OnlineAdapter:
         Raises:
             OutputError: the file cannot be written.
         """
-        parameters = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
-        values: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "method": self.policy.method,
-            "source": self.model.weights_sha256(),
-            "parameters": parameters,
-            "state": state_to_dict(self.state),
-            "steps": self.steps,
-            "events": dict(self.guard.events),
-        }
-        atomic_save(values, path)
+        adaptation = Adaptation(self.parameters, self.state, self.steps, self.guard.events)
+        write_adaptation(path, adaptation, self.policy, self.model.weights_sha256())
 
     def load(self, path: str | Path) -> None:
         """Go on from where :meth:`save` was called, bit for bit.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or of another model or method.
+            CheckpointError: the file is missing or damaged, or of another model, method or policy; nothing has changed.
         """
-        values = safe_load(path, checksums=True)
-        if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-            raise CheckpointError(
-                f"'{path}' holds no online adaptation; allowed are files of OnlineAdapter.save: give one of those"
-            )
-        try:
-            shapes = {name: tuple(tensor.shape) for name, tensor in values["parameters"].items()}
-            if shapes != {name: tuple(tensor.shape) for name, tensor in self.parameters.items()}:
-                raise ValueError("its parameters are of another model")
-            if values["source"] != self.model.weights_sha256():
-                raise ValueError("it is of a model with other weights")
-            if values["method"] != self.policy.method:
-                raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
-            state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
-            steps, events = int(values["steps"]), dict(values["events"])
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
-            ) from error
-        self.parameters = {
-            name: values["parameters"][name].to(tensor).requires_grad_() for name, tensor in self.parameters.items()
-        }
-        self.state, self.steps = state, steps
+        classes = self.source.num_classes
+        found = read_adaptation(path, self.policy, self.model.weights_sha256(), self.parameters, classes)
+        self.parameters = {name: tensor.requires_grad_() for name, tensor in found.parameters.items()}
+        self.state, self.steps = found.state, found.steps
         self.guard.events.clear()
-        self.guard.events.update(events)
+        self.guard.events.update(found.events)

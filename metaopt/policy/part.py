@@ -136,6 +136,17 @@ class Part(nn.Module):
             ValueError: a tensor of that name has another size, or there is none.
         """
 
+    def check_state(self, state: Any, classes: int) -> None:
+        """Refuse a state, read from a file, that no stream of batches leads to; its tensors are finite.
+
+        Args:
+            state: in the structure of :meth:`init`; what is empty there may have any shape.
+            classes: C of the model.
+
+        Raises:
+            ValueError: it is none.
+        """
+
     def transferred(self, model: SourceModel) -> tuple[Self | None, str]:
         """The part for another model, and a few words on it; None where it stays behind."""
         return self, "as learned"

@@ -204,7 +204,7 @@ class AdaptationPolicy(nn.Module):
         if not all(bool(torch.isfinite(tensor).all()) for tensor in policy.state_dict().values()):
             raise ValueError("a tensor holds NaN or infinity")
         policy.source = SourceRecord.from_dict(values["source"])
-        if policy.rule.tensors not in ((), policy.source.layout.names):
+        if tuple(values["tensors"]) not in ((), policy.source.layout.names):
             raise ValueError("its step sizes are of other tensors than its source model's")
         for part in policy.listed:
             part.check_layout(policy.source.layout)

@@ -1,4 +1,4 @@
-"""Nonsense in a policy's file: refused in one line when it is read, before anything of the size it declares is built."""
+"""Nonsense in a policy's file: refused in one line as it is read, before anything of its size is built."""
 
 import resource
 import time
@@ -39,7 +39,7 @@ def values() -> dict[str, Any]:
     return policy.to_dict()
 
 
-def put(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+def put(values: Any, path: str, value: Any) -> Any:
     """The same with another value at a dotted path; keys that hold dots are written with slashes."""
     first, _, rest = path.partition(".")
     key = int(first) if isinstance(values, list) else first.replace("/", ".")
