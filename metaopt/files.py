@@ -114,6 +114,12 @@ def safe_load(path: str | os.PathLike[str], *, checksums: bool = False) -> Any:
         raise _unreadable(source, error) from error
 
 
+def says(values: Any, key: str, wanted: str | int) -> bool:
+    """Whether what a file held is a mapping with that plain value there; other types, such as tensors, are not it."""
+    found = values.get(key) if isinstance(values, Mapping) else None
+    return type(found) is type(wanted) and found == wanted
+
+
 def existing_file(path: str | os.PathLike[str], kind: str) -> Path:
     """The path, where a plain file is there.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.errors import CheckpointError
-from metaopt.files import atomic_save, safe_load
+from metaopt.files import atomic_save, safe_load, says
 from metaopt.optimizers.update import NONFINITE
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.fingerprint import policy_sha256
@@ -79,14 +79,14 @@ def read_adaptation(
             to, or is of another model, method or policy.
     """
     values = safe_load(path, checksums=True)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    if not says(values, "format", FORMAT):
         raise CheckpointError(
             f"'{path}' holds no online adaptation; allowed are files of OnlineAdapter.save: give one of those"
         )
-    if values.get("version") != VERSION:
+    if not says(values, "version", VERSION):
         raise CheckpointError(
-            f"'{path}' has version {values.get('version')!r:.80}; this release reads version {VERSION}: adapt again "
-            "and save it"
+            f"'{path}' has version {_one_line(values.get('version'))}; this release reads version {VERSION}: adapt "
+            "again and save it"
         )
     try:
         _check_values(values)
@@ -172,4 +172,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return _one_line(error, 200) or type(error).__name__
+
+
+def _one_line(value: object, most: int = 80) -> str:
+    return " ".join(str(value).split())[:most]

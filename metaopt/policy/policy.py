@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metaopt import registry
 from metaopt.errors import CheckpointError, check_one_of
-from metaopt.files import atomic_save, safe_load
+from metaopt.files import atomic_save, safe_load, says
 from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
@@ -174,14 +174,14 @@ class AdaptationPolicy(nn.Module):
         Raises:
             CheckpointError: another format or version, or a part is missing or does not fit.
         """
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+        if not says(values, "format", FORMAT):
             raise CheckpointError(
                 f"'{path}' is not a policy; allowed are files written by pretrain/meta_train.py: give one of those"
             )
-        if values.get("version") != VERSION:
+        if not says(values, "version", VERSION):
+            found = " ".join(str(values.get("version")).split())[:80]
             raise CheckpointError(
-                f"'{path}' has version {values.get('version')}; this release reads version {VERSION}: train the policy "
-                "again"
+                f"'{path}' has version {found}; this release reads version {VERSION}: train the policy again"
             )
         try:
             return cls._built(values)
