@@ -31,11 +31,17 @@ TEXTS = (
 """What numpy's parser meets in a damaged header."""
 
 NONSENSE: tuple[Any, ...] = (
-    None, True, -1, 0, 3, 10**9, 10**30, 1.5, -0.0, math.nan, math.inf, "", "x", "a\nb", b"x", (), [], {}, [None], {1: 2},
-    {"a": 1}, torch.zeros(0), torch.zeros(()), torch.full((8,), math.nan), torch.ones(3, dtype=torch.int64),
+    None, True, -1, 0, 3, 10**9, 10**30, 1.5, -0.0, math.nan, math.inf, "", "x", "a\nb", b"x", (), [], {}, [None],
+    {1: 2}, {"a": 1}, torch.zeros(0), torch.zeros(()), torch.full((8,), math.nan), torch.ones(3, dtype=torch.int64),
     torch.ones(8).double(), -torch.ones(8), torch.ones(1).expand(10**6), torch.ones(2, dtype=torch.complex64),
 )  # fmt: skip
 """What a value in a file is replaced by."""
+
+VALUES: dict[torch.dtype, tuple[float, ...]] = {
+    **dict.fromkeys((torch.float32, torch.float64), (math.nan, math.inf, -1.0, 1e30)),
+    torch.int64: (-1, 10**9),
+}
+"""What a number in a tensor of that type is replaced by."""
 
 
 def flipped(content: bytes, rng: Random) -> bytes:
@@ -112,7 +118,7 @@ def _replaced(node: Any, rng: Random) -> Any:
         return type(node)(_replaced(item, rng) if index == place else item for index, item in enumerate(node))
     if isinstance(node, torch.Tensor) and node.numel() and rng.random() < 0.5:
         changed = node.clone()
-        value = rng.choice((math.nan, math.inf, -1.0, 1e30)) if node.is_floating_point() else rng.choice((-1, 10**9))
-        changed.view(-1)[rng.randrange(node.numel())] = value
+        values = VALUES.get(node.dtype, (0, 1))
+        changed.view(-1)[rng.randrange(node.numel())] = rng.choice(values)
         return changed
     return rng.choice(NONSENSE)
