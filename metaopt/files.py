@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import math
 import os
 import pickle
 import secrets
@@ -118,6 +119,14 @@ def says(values: Any, key: str, wanted: str | int) -> bool:
     """Whether what a file held is a mapping with that plain value there; other types, such as tensors, are not it."""
     found = values.get(key) if isinstance(values, Mapping) else None
     return type(found) is type(wanted) and found == wanted
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass and without a copy; integers never are."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = (tensor if tensor.element_size() > 1 else tensor.float()).detach().aminmax()  # NaN comes through
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def existing_file(path: str | os.PathLike[str], kind: str) -> Path:

@@ -1,6 +1,7 @@
 """Atomic writes, safe loading and fingerprints."""
 
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,7 @@ from metaopt.files import (
     atomic_write_bytes,
     atomic_write_text,
     ensure_writable_folder,
+    is_finite,
     new_folder,
     safe_load,
     weights_sha256,
@@ -178,6 +180,18 @@ def test_tensors_without_dense_values_are_refused(tmp_path: Path, tensor: torch.
     atomic_save({"a": tensor}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="dense ones are allowed"):
         safe_load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_value_that_is_not_finite_is_found(dtype: torch.dtype, place: int):
+    values = torch.arange(-3.0, 4.0)
+    assert is_finite(values.to(dtype)) and is_finite(values[:0].to(dtype))
+    for value in (math.nan, math.inf, -math.inf):
+        spoiled = values.clone()
+        spoiled[place] = value
+        assert not is_finite(spoiled.to(dtype))
+    assert is_finite(torch.tensor([2**62]))
 
 
 def test_millions_of_names_are_refused_at_once(tmp_path: Path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from metaopt.errors import CheckpointError
-from metaopt.files import existing_file, safe_load
+from metaopt.files import existing_file, is_finite, safe_load
 from metaopt.models.spec import Triple
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
@@ -158,7 +158,7 @@ def _check_values(weights: Weights, module: nn.Module, source: Path) -> None:
             raise CheckpointError(
                 f"'{source}' holds {tensor.dtype} for '{name}'; the model has {own} there: give weights of that kind"
             )
-        if own.is_floating_point and not bool(torch.isfinite(tensor.to(own)).all()):
+        if own.is_floating_point and not is_finite(tensor.to(own)):
             raise CheckpointError(
                 f"'{source}' holds NaN or infinity in '{name}'; weights are finite numbers: download the file again"
             )

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.errors import CheckpointError
-from metaopt.files import atomic_save, safe_load, says
+from metaopt.files import atomic_save, is_finite, safe_load, says
 from metaopt.optimizers.update import NONFINITE
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.fingerprint import policy_sha256
@@ -126,7 +125,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
 def _check_tensor(name: Any, tensor: Any) -> None:
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise ValueError(f"{name!r:.80} is no tensor with a name")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise ValueError(f"its {name:.80} holds NaN or infinity")
 
 

@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor, nn
 
 from metaopt import registry
 from metaopt.errors import CheckpointError, check_one_of
-from metaopt.files import atomic_save, safe_load, says
+from metaopt.files import atomic_save, is_finite, safe_load, says
 from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
@@ -201,7 +200,7 @@ class AdaptationPolicy(nn.Module):
         if len(dtypes) == 1:
             policy.to(dtypes.pop())
         policy.load_state_dict(values["weights"])
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in policy.state_dict().values()):
+        if not all(map(is_finite, policy.state_dict().values())):
             raise ValueError("a tensor holds NaN or infinity")
         policy.source = SourceRecord.from_dict(values["source"])
         if tuple(values["tensors"]) not in ((), policy.source.layout.names):

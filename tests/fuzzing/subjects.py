@@ -47,7 +47,7 @@ def read_stream(name: str, folder: Path) -> None:
         assert data.labels is not None and data.labels.shape == (len(data),) and int(data.labels.min()) >= 0
 
 
-def is_finite(tensor: Tensor) -> bool:
+def finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
@@ -62,7 +62,7 @@ def read_network(file: str, folder: Path) -> None:
     """A network with the weights."""
     net = tiny_net()
     load_weights(net, read_weights(folder / file, net, CLASSES).tensors)
-    assert all(map(is_finite, net.state_dict().values()))
+    assert all(map(finite, net.state_dict().values()))
 
 
 def policy() -> AdaptationPolicy:
@@ -78,7 +78,7 @@ def write_policy(folder: Path) -> None:
 def read_policy(folder: Path) -> None:
     """A policy that runs on its model."""
     found = AdaptationPolicy.load(folder / "ckpt.pt")
-    assert all(map(is_finite, found.state_dict().values()))
+    assert all(map(finite, found.state_dict().values()))
     assert all(isinstance(name, str) for name in found.known_shifts)
     OnlineAdapter(tiny_model(), found)(random_images(4))
 
@@ -101,7 +101,7 @@ def read_adaptation(folder: Path) -> None:
     reading = adapter()
     reading.load(folder / "stream.pt")
     assert reading.steps >= 0 and all(type(count) is int and count >= 0 for count in reading.guard.events.values())
-    assert all(map(is_finite, reading.parameters.values()))
+    assert all(map(finite, reading.parameters.values()))
     reading(random_images(4))  # finite numbers may still be too large to compute with: the guard's matter
 
 
@@ -117,7 +117,7 @@ def write_run(folder: Path) -> None:
 def read_run(folder: Path) -> None:
     """A meta-training that goes on, from finite weights."""
     load_run(trainer(), folder / "last.pt")
-    assert all(map(is_finite, trainer().policy.state_dict().values())) and trainer().progress.epoch >= 0
+    assert all(map(finite, trainer().policy.state_dict().values())) and trainer().progress.epoch >= 0
 
 
 SAVED = (damaged, resealed, rewritten)
