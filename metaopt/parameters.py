@@ -6,6 +6,7 @@ for ``torch.func.functional_call``. Rules that treat all adapted scalars alike f
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,11 @@ class ParameterLayout:
         """N, the number of adapted scalars."""
         return sum(tensor.numel for tensor in self.tensors)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by its name."""
+        return {tensor.name: tensor.shape for tensor in self.tensors}
+
     def take(self, model: nn.Module) -> Parameters:
         """The model's own tensors (not copies), by name."""
         # Duplicates too: a tensor tied to another module's may go by that one's name first.
@@ -70,18 +76,26 @@ class ParameterLayout:
         return [{"name": t.name, "kind": t.kind, "depth": t.depth, "shape": list(t.shape)} for t in self.tensors]
 
     @classmethod
-    def from_list(cls, rows: Iterable[Mapping[str, object]]) -> "ParameterLayout":
-        """Inverse of :meth:`to_list`."""
-        tensors = [
-            AdaptedTensor(
-                str(row["name"]),
-                str(row["kind"]),
-                float(row["depth"]),  # type: ignore[arg-type]
-                tuple(int(size) for size in row["shape"]),  # type: ignore[union-attr]
-            )
-            for row in rows
-        ]
-        return cls(tuple(tensors))
+    def from_list(cls, rows: Iterable[Mapping[str, Any]]) -> "ParameterLayout":
+        """Inverse of :meth:`to_list`.
+
+        Raises:
+            ValueError: a row is of other types or out of range, or a name comes twice.
+        """
+        tensors = tuple(_tensor_from(row) for row in rows)
+        if len({tensor.name for tensor in tensors}) != len(tensors) or not tensors:
+            raise ValueError("an adapted tensor is listed twice, or none is")
+        return cls(tensors)
+
+
+def _tensor_from(row: Mapping[str, Any]) -> AdaptedTensor:
+    name, kind, depth, shape = (row[key] for key in ("name", "kind", "depth", "shape"))
+    named = isinstance(name, str) and isinstance(kind, str)
+    placed = type(depth) in (int, float) and 0 <= depth <= 1
+    shaped = isinstance(shape, list | tuple) and all(type(size) is int and size >= 0 for size in shape)
+    if not (named and placed and shaped):
+        raise ValueError(f"{dict(row)!r:.120} describes no adapted tensor")
+    return AdaptedTensor(name, kind, float(depth), tuple(shape))
 
 
 def norm_kind(module: nn.Module) -> str | None:

@@ -1,12 +1,16 @@
 """From plain values, of a configuration file, a command line or a checkpoint, to a dataclass that checks itself."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from metaopt.errors import ConfigError
+
+PathSetting = Annotated[str, "path"]
+"""Type of a field that is a path: a leading ``~`` becomes the user's home, which shells leave in ``key=~/file``."""
 
 
 def build(kind: type, values: Any, key: str = "") -> Any:
@@ -32,7 +36,8 @@ def build(kind: type, values: Any, key: str = "") -> Any:
 
 def checked(kind: type, values: Mapping[str, Any], key: str = "") -> dict[str, Any]:
     """The arguments of :func:`build`, checked and converted."""
-    hints = {each.name: get_type_hints(kind)[each.name] for each in fields(kind)}
+    known = get_type_hints(kind, include_extras=True)
+    hints = {each.name: known[each.name] for each in fields(kind)}
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
@@ -56,6 +61,8 @@ def converted(value: Any, hint: Any, key: str) -> Any:
         return converted(value, next(option for option in args if option is not NoneType), key)
     if hint is Any:
         return value
+    if hint == PathSetting:
+        return os.path.expanduser(converted(value, str, key))
     if is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, key)
     if origin in (list, tuple):
@@ -80,10 +87,15 @@ def converted(value: Any, hint: Any, key: str) -> Any:
 def _sequence(value: Any, origin: Any, args: tuple[Any, ...], key: str) -> Any:
     if value is None:
         raise ConfigError(f"{key}=null is not allowed; it takes a list: set {key}=[...]")
-    items = value if isinstance(value, list | tuple) else [item.strip() for item in str(value).split(",")]
+    items = value if isinstance(value, list | tuple) else [item.strip() for item in _unbracketed(str(value)).split(",")]
     if origin is tuple and args[-1] is not Ellipsis and len(items) != len(args):
         raise ConfigError(f"{key}={[*items]} is not allowed; it takes {len(args)} values: give as many")
     return origin(converted(item, args[0], key) for item in items)
+
+
+def _unbracketed(text: str) -> str:
+    """A list that nothing else could read, such as ``[~/a.pt,~/b.pt]``, without its brackets."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def _below(key: str, name: str) -> str:

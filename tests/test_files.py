@@ -1,7 +1,12 @@
 """Atomic writes, safe loading and fingerprints."""
 
+import io
+import math
+import multiprocessing
 import os
 import pickle
+import zipfile
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,8 @@ from metaopt.files import (
     atomic_write_bytes,
     atomic_write_text,
     ensure_writable_folder,
+    is_finite,
+    new_folder,
     safe_load,
     weights_sha256,
 )
@@ -121,6 +128,106 @@ def test_missing_files_and_folders_are_told_apart(tmp_path: Path):
         safe_load(tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="is a folder"):
         safe_load(tmp_path)
+
+
+def test_paths_that_cannot_be_looked_at_are_one_line(tmp_path: Path):
+    for path, says in ((tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b", "null")):
+        with pytest.raises(CheckpointError, match=says) as caught:
+            safe_load(path)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(OutputError, match=says):
+            ensure_writable_folder(path)
+        with pytest.raises(OutputError, match=says):
+            atomic_write_text("x", path)
+    with pytest.raises(CheckpointError, match="no plain file"):
+        safe_load("/dev/null")
+
+
+def packed(path: Path, pickled: bytes, data: bytes = b"\0" * 16) -> Path:
+    """A file as of torch.save, with right checksums, whose pickle says what it likes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {"data.pkl": pickled, "byteorder": b"little", "data/0": data, "version": b"3\n"}.items():
+            archive.writestr(f"archive/{name}", content)
+    return path
+
+
+@pytest.fixture
+def four_floats() -> bytes:
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(4), buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        return archive.read("archive/data.pkl")
+
+
+@pytest.mark.parametrize("stored", [b"K\x04\x85", b"K\x04t"])
+def test_a_file_that_declares_more_than_it_holds_is_refused_at_once(tmp_path: Path, four_floats: bytes, stored: bytes):
+    assert torch.equal(safe_load(packed(tmp_path / "a.pt", four_floats)), torch.zeros(4))
+    huge = stored.replace(b"K\x04", b"\x8a\x05\0\0\0\0\x04")  # 2 ** 34 elements
+    with pytest.raises(CheckpointError, match="no readable file"):
+        safe_load(packed(tmp_path / "a.pt", four_floats.replace(stored, huge)))
+
+
+def test_views_of_far_more_than_is_stored_are_refused(tmp_path: Path):
+    atomic_save({"a": [torch.ones(1).expand(1000)]}, tmp_path / "a.pt")
+    assert torch.equal(safe_load(tmp_path / "a.pt")["a"][0], torch.ones(1000))
+    atomic_save({"a": [torch.ones(1).expand(10**12)]}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="no readable file"):
+        safe_load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.eye(3, device="meta")])
+def test_tensors_without_dense_values_are_refused(tmp_path: Path, tensor: torch.Tensor):
+    atomic_save({"a": tensor}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="dense ones are allowed"):
+        safe_load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_value_that_is_not_finite_is_found(dtype: torch.dtype, place: int):
+    values = torch.arange(-3.0, 4.0)
+    assert is_finite(values.to(dtype)) and is_finite(values[:0].to(dtype))
+    for value in (math.nan, math.inf, -math.inf):
+        spoiled = values.clone()
+        spoiled[place] = value
+        assert not is_finite(spoiled.to(dtype))
+    assert is_finite(torch.tensor([2**62]))
+
+
+def test_millions_of_names_are_refused_at_once(tmp_path: Path):
+    atomic_save({f"a name of a tensor {index}": None for index in range(200_000)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="bytes of names"):
+        safe_load(tmp_path / "a.pt")
+
+
+def test_files_without_checksums_have_none_to_compare(tmp_path: Path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        atomic_save(torch.arange(9), tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(safe_load(tmp_path / "a.pt", checksums=True), torch.arange(9))
+
+
+def make_folder(parent: Path) -> Path:
+    return new_folder(parent, "run")
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path):
+    with ThreadPoolExecutor(8) as threads:
+        first = list(threads.map(make_folder, [tmp_path / "runs"] * 40))
+    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as processes:
+        second = list(processes.map(make_folder, [tmp_path / "runs"] * 12))
+    assert len({*first, *second}) == 52 == len(list((tmp_path / "runs").iterdir()))
+    assert {path.name for path in first} == {"run", *(f"run-{number}" for number in range(2, 41))}
+
+
+def test_a_new_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for parent, name in ((tmp_path / "file", "run"), (tmp_path, "x" * 300), (tmp_path, "a/b")):
+        with pytest.raises(OutputError, match="cannot write in the folder"):
+            new_folder(parent, name)
 
 
 class TestFingerprint:

@@ -181,6 +181,9 @@ def _composed_keys(prefix: str) -> Iterator[str]:
 
 def _read(argv: Sequence[str]) -> Iterator[_Override]:
     """Each argument as an override, ``--policy`` included; Hydra's prefixes and other options are refused."""
+    for argument in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python passes on bytes that are no text
+            raise ConfigError(f"{argument!a} is no UTF-8 text; settings and paths are: rename what it names")
     arguments = iter(argv)
     for argument in arguments:
         if argument == _POLICY:

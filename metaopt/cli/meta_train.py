@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +17,25 @@ from metaopt.cli.command import invoked, resolve_device, run_command
 from metaopt.cli.settings import MetaTrainSettings
 from metaopt.errors import ConfigError
 from metaopt.evaluation import Monitor, closing_table, progress
-from metaopt.files import atomic_write_text, ensure_writable_folder
+from metaopt.files import atomic_write_text, ensure_writable_folder, new_folder
 from metaopt.meta import MetaTrainer
 from metaopt.meta.report import MetaReport, report_on_unseen_tasks
 from metaopt.meta.resume import load_run, save_run
 from metaopt.policy import AdaptationPolicy
 
-CHECKPOINT = Path("ckpt.pt")  # in the current folder
+CHECKPOINT = Path("ckpt.pt")  # in the current folder: that of the last run; each run's own folder has one too
+RUNS = Path("runs/meta_train")
 
 
 def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
     """Meta-train, save the policy, and report on unseen tasks."""
-    assert settings.out is not None
     device, config = resolve_device(settings.device), meta_train_config(settings)
     images = unlabeled_images(settings, device)
     ensure_writable_folder(CHECKPOINT.parent)
-    out = ensure_writable_folder(settings.out)
+    out = run_folder(settings.out)
     model = load_model(settings.model, settings.source, device)
     check_images(model, images)
-    start = None if settings.start is None else policy_to_start_with(settings.start)
+    start = None if settings.start is None else policy_to_start_with(settings.start, settings.out)
     trainer = MetaTrainer(model, images, config=config, start=start)
     untrained = copy.deepcopy(trainer.policy)
     if settings.resume is not None:
@@ -42,7 +44,8 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
     with Monitor(out, resume_step=trainer.progress.updates + 1 if settings.resume else 0) as trainer.monitor:
         train(trainer, out / "last.pt", settings.stop_after, overrides)
         policy = trainer.best_policy()
-        policy.save(CHECKPOINT)
+        for path in (out / CHECKPOINT.name, CHECKPOINT):
+            policy.save(path)
         summary: dict[str, Any] = {"model": settings.model.name, "seed": config.seed, **policy.training}
         summary["seconds"] = time.monotonic() - started
         if config.report_tasks:
@@ -56,16 +59,30 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
     say_what_next(trainer, policy, out, overrides)
 
 
-def policy_to_start_with(path: str) -> AdaptationPolicy:
+def run_folder(out: str | None) -> Path:
+    """The folder that was asked for, or a new one, named by the date, that no other run has or gets.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+    return new_folder(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}") if out is None else ensure_writable_folder(out)
+
+
+def policy_to_start_with(path: str, out: str | None) -> AdaptationPolicy:
     """Read it.
+
+    Args:
+        path: the file.
+        out: folder that this command will write in; None: a new one.
 
     Raises:
         ConfigError: this command would overwrite it, and a resumed run would start with something else.
         CheckpointError: it cannot be read.
     """
-    if Path(path).resolve() == CHECKPOINT.resolve():
+    written = [CHECKPOINT] if out is None else [CHECKPOINT, Path(out) / CHECKPOINT.name]
+    if os.path.realpath(path) in map(os.path.realpath, written):
         raise ConfigError(
-            f"start={path} is the file that this command writes; allowed is any other: mv {CHECKPOINT} start.pt, and "
+            f"start={path} is a file that this command writes; allowed is any other: mv {path} start.pt, and "
             "set start=start.pt"
         )
     return AdaptationPolicy.load(path)
@@ -102,7 +119,8 @@ def show(report: MetaReport) -> None:
 def say_what_next(trainer: MetaTrainer, policy: AdaptationPolicy, out: Path, overrides: Sequence[str]) -> None:
     """Where the results are, and the command that comes after this one."""
     done, best = trainer.progress, policy.training["best_epoch"]
-    print(f"{CHECKPOINT} holds epoch {best} of {done.epoch}; curves and summary.json in {out}")
+    print(f"{out / CHECKPOINT.name} holds epoch {best} of {done.epoch}, and so does {CHECKPOINT} until the next run")
+    print(f"curves and summary.json in {out}")
     if done.epoch < trainer.config.epochs:
         print(f"{trainer.config.epochs - done.epoch} epochs are left: {resume_command(out / 'last.pt', overrides)}")
     kept = [item for item in overrides if item.startswith(("model", "data", "source.", "device="))]

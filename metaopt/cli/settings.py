@@ -5,7 +5,6 @@ Methods, meta-training and sources of data are the library's own dataclasses, wh
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from metaopt.meta import MetaTrainConfig
 from metaopt.online import SETTINGS
 from metaopt.policy import MethodConfig
 from metaopt.policy.parts.pruning import LEARNED
-from metaopt.settings import build
+from metaopt.settings import PathSetting, build
 
 TRANSFERS = ("generator",)
 
@@ -26,7 +25,7 @@ class ModelSettings:
     """The source model: a name in timm's registry and, unless the data are the digits, its weights."""
 
     name: str
-    checkpoint: str | None = None
+    checkpoint: PathSetting | None = None
     num_classes: int | None = None  # None: as many as the architecture's default
 
     def __post_init__(self) -> None:
@@ -39,8 +38,8 @@ class ModelSettings:
 class SourceSettings:
     """Clean unlabeled images of the source domain, and the folder where the digits' source models are kept."""
 
-    images: str | None = None  # (N, H, W, 3) uint8 .npy; None: those that the data have
-    cache: str = "runs/source"
+    images: PathSetting | None = None  # (N, H, W, 3) uint8 .npy; None: those that the data have
+    cache: PathSetting = "runs/source"
 
 
 @dataclass
@@ -90,17 +89,16 @@ class SpeedSettings(Common):
 class MetaTrainSettings(SpeedSettings):
     """Settings of ``pretrain/meta_train.py``."""
 
-    out: str | None = None  # None: runs/meta_train/DATE, and with resume, the folder of that file
-    resume: str | None = None  # last.pt of a run that was stopped
-    start: str | None = None  # file of a policy whose learned parts training begins with; None: the published rules
+    out: PathSetting | None = None  # None: a new runs/meta_train/DATE, and with resume, the folder of that file
+    resume: PathSetting | None = None  # last.pt of a run that was stopped
+    start: PathSetting | None = None  # policy whose learned parts training begins with; None: the published rules
     stop_after: int | None = None  # epochs in this run; None: to the end
 
     def __post_init__(self) -> None:
         """Check each value and what they need of one another; a run that goes on stays in its folder."""
         super().__post_init__()
-        if self.out is None:
-            new = f"runs/meta_train/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-            self.out = new if self.resume is None else str(Path(self.resume).parent)
+        if self.out is None and self.resume is not None:
+            self.out = str(Path(self.resume).parent)
         if self.stop_after is not None:
             check_range("stop_after", self.stop_after, 1, example="1")
 
@@ -110,14 +108,14 @@ class OnlineSettings(Common):
     """Settings of ``adapt/online.py``."""
 
     method: MethodConfig = field(default_factory=lambda: MethodConfig("source"))
-    policy_path: str | None = None  # --policy X is short for policy_path=X method=policy
+    policy_path: PathSetting | None = None  # --policy X is short for policy_path=X method=policy
     transfer: str | None = None  # generator: a policy of another model runs on this one, with what fits
     setting: str = "reset"  # before each corruption; or continual: never
     batch_size: int = 64
     memory: str | None = None  # None: dense, and with a budget pruned
     budget_mib: float | None = None  # bound on what is held for backward
     seed: int = 0
-    out: str = "runs/online"
+    out: PathSetting = "runs/online"
 
     def __post_init__(self) -> None:
         """Check each value and what they need of one another."""
@@ -136,7 +134,7 @@ class BenchmarkSettings(Common):
 
     method: dict[str, MethodConfig] = field(default_factory=dict)  # settings of each method by its name
     methods: list[str] = field(default_factory=lambda: ["source", "bn", "tent", "adam"])  # rows of the table
-    policy_path: list[str] = field(default_factory=list)  # a row of each method that uses a policy for each of these
+    policy_path: list[PathSetting] = field(default_factory=list)  # a row of each method with a policy for each of these
     transfer: str | None = None  # as in OnlineSettings
     settings: list[str] = field(default_factory=lambda: ["reset"])  # and, or, continual
     rates: list[float] = field(default_factory=list)  # learning rates of every hand-made rule, a row for each
@@ -145,7 +143,7 @@ class BenchmarkSettings(Common):
     memory: str | None = None  # None: dense, and with budgets pruned
     budgets: list[float] = field(default_factory=list)  # MiB held, a row for each, of every method that updates
     pruning: list[str] = field(default_factory=list)  # a row for each allocation, of every method that updates
-    out: str = "runs/benchmark"
+    out: PathSetting = "runs/benchmark"
 
     def __post_init__(self) -> None:
         """Check each value and what they need of one another."""
@@ -186,7 +184,7 @@ class DigitsModelSettings:
     model: ModelSettings
     seed: int = 0
     device: str = "cpu"
-    cache: str = "runs/source"
+    cache: PathSetting = "runs/source"
 
     def __post_init__(self) -> None:
         """Check the range of each value."""
@@ -199,7 +197,7 @@ class FootprintSettings:
 
     model: ModelSettings  # without a checkpoint: random weights
     method: MethodConfig = field(default_factory=lambda: MethodConfig("source"))
-    images: str | None = None  # (N, H, W, 3) uint8 .npy; None: noise
+    images: PathSetting | None = None  # (N, H, W, 3) uint8 .npy; None: noise
     bits: list[int] = field(default_factory=lambda: [8, 6, 5, 4, 3, 2])  # of every layer: a row of compact for each
     budgets: list[float] = field(default_factory=list)  # a row of memory=pruned for each, MiB
     repeats: int = 5  # pairs of timed steps for each row; the median counts

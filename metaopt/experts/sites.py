@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaopt.errors import ModelError
+from metaopt.errors import ModelError, check_one_of, check_range
 from metaopt.parameters import norm_kind
 
 PLACEMENTS = ("beside", "after")
@@ -43,6 +43,12 @@ class Site:
     width: int  # d, features of a token
     axis: int  # of the features: 1 in maps (B, d, H, W), else −1
     norm: str | None = None  # the layer whose output the module reads, in the same block
+
+    def __post_init__(self) -> None:
+        """Check what a file could say otherwise."""
+        check_one_of("site.placement", self.placement, PLACEMENTS)
+        check_one_of("site.axis", self.axis, (1, -1))
+        check_range("site.width", self.width, 1, example="64")
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives for a checkpoint."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from metaopt.errors import CheckpointError
-from metaopt.files import atomic_save, safe_load, weights_sha256
+from metaopt.files import atomic_save, safe_load, says, weights_sha256
 from metaopt.meta.trainer import MetaTrainer
 
 FORMAT = "metaopt-meta-training"
@@ -33,11 +33,11 @@ def load_run(trainer: MetaTrainer, path: str | Path) -> None:
             another model or other images.
     """
     values = safe_load(path, checksums=True)
-    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+    if not says(values, "format", FORMAT) or not says(values, "version", VERSION):
         raise CheckpointError(
             f"'{path}' holds no meta-training to resume; allowed is a last.pt of pretrain/meta_train.py: give one"
         )
-    if values.get("images") != _images(trainer):
+    if not says(values, "images", _images(trainer)):
         raise CheckpointError(
             "the run to resume had other unlabeled images; allowed are the same ones: repeat its overrides of "
             "source.images and n_unlabeled, or start a new run"

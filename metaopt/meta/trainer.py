@@ -177,13 +177,17 @@ class MetaTrainer:
                     "the run to resume had another source model; allowed is the same: load its weights"
                 )
             self._restore(values)
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # values of any type can raise nearly anything
             self._restore(before)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"the run to resume is damaged ({reason}); start a new run") from error
 
     def _restore(self, values: dict[str, Any]) -> None:
         """Take over copies of a state's parts; an error may leave some of them taken."""
+        if not all(bool(torch.isfinite(t).all()) for part in ("best", "weights") for t in values[part].values()):
+            raise ValueError("its weights hold NaN or infinity")
         self.policy.load_state_dict(values["best"])  # only to see whether they fit
         self.policy.load_state_dict(values["weights"])
         self.optimizer.load_state_dict(values["optimizer"])

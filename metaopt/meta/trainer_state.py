@@ -23,6 +23,16 @@ class TrainerState:
     best_loss: float = math.inf
     selection: list[float] = field(default_factory=list)  # losses on the selection tasks: at the start, and of these
 
+    def __post_init__(self) -> None:
+        """Check what a file could say otherwise."""
+        counts = (self.epoch, self.unroll, self.updates, self.skipped, self.best_epoch)
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"its counts are {counts}")
+        if not all(type(loss) in (int, float) for loss in (self.best_loss, *self.selection)):
+            raise ValueError(f"its losses are {self.selection}, the best of them {self.best_loss}")
+        if type(self.lagrange_multiplier) not in (int, float) or not 0 <= self.lagrange_multiplier < math.inf:
+            raise ValueError(f"its price of an update is {self.lagrange_multiplier}")
+
 
 def next_multiplier(multiplier: float, rate: float, allowed: float, unrolls: int) -> float:
     """Dual ascent: an update grows dearer while the gate opens more often than it may, and cheaper while less.

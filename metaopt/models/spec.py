@@ -1,5 +1,6 @@
 """What identifies a source model, in primitives only, so that it can be stored in a checkpoint."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -31,6 +32,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise ModelError(f"num_classes={self.num_classes}; allowed is 1 or more: give the model's class count")
+        if not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ModelError(f"mean={self.mean} and std={self.std}; allowed are finite values: give the images' own")
         if min(self.std) <= 0:
             raise ModelError(f"std={self.std}; allowed are values above 0: give the images' standard deviations")
         if self.input_size is not None and (len(self.input_size) != 3 or min(self.input_size) < 1):
@@ -51,11 +54,13 @@ class ModelSpec:
         if set(values) != names:
             raise CheckpointError(f"model spec has keys {sorted(values)}; allowed are {sorted(names)}: save it again")
         try:
+            if not isinstance(values["name"], str) or type(values["num_classes"]) is not int:
+                raise TypeError("its name is text and its class count a whole number")
             size = values["input_size"]
             size = None if size is None else (int(size[0]), int(size[1]), int(size[2]))
             mean, std = (triple(label, values[label]) for label in ("mean", "std"))
-            return cls(str(values["name"]), int(values["num_classes"]), size, mean, std)
-        except (TypeError, ValueError, IndexError, ModelError) as error:
+            return cls(values["name"], values["num_classes"], size, mean, std)
+        except (TypeError, ValueError, LookupError, OverflowError, ModelError) as error:
             raise CheckpointError(f"model spec {dict(values)} is of no use ({error}); save it again") from error
 
 

@@ -1,5 +1,6 @@
 """Reading pre-trained weights of any common layout into a network: timm, RobustBench, DataParallel, safetensors."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -7,15 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from metaopt.errors import CheckpointError
-from metaopt.files import safe_load
+from metaopt.files import existing_file, is_finite, safe_load
 from metaopt.models.spec import Triple
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
+_DEPTH = 10
+"""How many of those may stand one in another; a dictionary that holds itself has no end."""
+
 _PREFIX = re.compile(r"((module|model|_orig_mod|net|network|backbone|1)\.)*")
 """What wrappers put before every name: DataParallel, RobustBench, Lightning, torch.compile, Sequential(norm, net)."""
 
@@ -46,10 +49,11 @@ def read_weights(path: str | os.PathLike[str], module: nn.Module, num_classes: i
         num_classes: its class count, for the message where only the classifier differs.
 
     Raises:
-        CheckpointError: the file is missing, broken, holds code, or is of another architecture or class count.
+        CheckpointError: the file is missing, broken (its checksums are compared), holds code, is of another
+            architecture or class count, or holds NaN, infinity, or other numbers than the network's.
     """
     source = Path(path)
-    stored = _load_safetensors(source) if source.suffix == ".safetensors" else safe_load(source)
+    stored = _load_safetensors(source) if source.suffix == ".safetensors" else safe_load(source, checksums=True)
     tensors = _find_state_dict(stored)
     if not tensors:
         raise CheckpointError(
@@ -58,25 +62,29 @@ def read_weights(path: str | os.PathLike[str], module: nn.Module, num_classes: i
         )
     weights = _strip_wrappers(tensors, list(module.state_dict()))
     _check_fit(weights.tensors, module, num_classes, source)
+    _check_values(weights, module, source)
     return weights
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"no file '{path}'; give the path of an existing .safetensors file")
+    existing_file(path, "in the form of safetensors")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is no readable .safetensors file ({error}); download it again") from error
+    except Exception as error:  # whatever a damaged header makes of it, in the library or in torch
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"'{path}' is no readable .safetensors file ({reason}); download it again") from error
 
 
 def _find_state_dict(stored: Any) -> dict[str, Tensor]:
-    """The state_dict in what a file held: itself, or the first one under a usual key."""
+    """The state_dict in what a file held: itself, or the first one under a usual key, and so on inside of that."""
+    for _ in range(_DEPTH):
+        inner = (stored.get(key) for key in _CONTAINERS) if isinstance(stored, Mapping) else ()
+        found = next((each for each in inner if isinstance(each, Mapping)), None)
+        if found is None:
+            break
+        stored = found
     if not isinstance(stored, Mapping):
         return {}
-    for key in _CONTAINERS:
-        if isinstance(stored.get(key), Mapping):
-            return _find_state_dict(stored[key])
     return {str(name): tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
 
 
@@ -139,6 +147,26 @@ def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, num_classes: in
         f"'{source}' is not for {type(module).__name__} ({counts}, for one '{example}'); give a checkpoint of this "
         "architecture or name the right model"
     )
+
+
+def _check_values(weights: Weights, module: nn.Module, source: Path) -> None:
+    """Refuse values that the network cannot compute with, once the shapes are known to be its own."""
+    expected = module.state_dict()
+    for name, tensor in weights.tensors.items():
+        own = expected[name].dtype
+        if tensor.is_complex() != own.is_complex or (own.is_floating_point and not tensor.is_floating_point()):
+            raise CheckpointError(
+                f"'{source}' holds {tensor.dtype} for '{name}'; the model has {own} there: give weights of that kind"
+            )
+        if own.is_floating_point and not is_finite(tensor.to(own)):
+            raise CheckpointError(
+                f"'{source}' holds NaN or infinity in '{name}'; weights are finite numbers: download the file again"
+            )
+    for label, values in (("mean", weights.mean), ("std", weights.std)):
+        if values is not None and not all(math.isfinite(value) for value in values):
+            raise CheckpointError(
+                f"'{source}' holds {label}={values} for its images; allowed are finite numbers: download it again"
+            )
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -98,11 +98,18 @@ class Discrepancy(Term):
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a statistic is not finite.
+            ValueError: a statistic is not finite, or they are no pairs of mean and deviation, each (D,).
         """
-        self.statistics = SourceStatistics(tuple(values["mean"]), tuple(values["std"])) if values else None
-        if values and not all(bool(torch.isfinite(tensor).all()) for tensor in (*values["mean"], *values["std"])):
-            raise ValueError("a tensor holds NaN or infinity")
+        self.statistics = None
+        if not values:
+            return
+        statistics = SourceStatistics(tuple(values["mean"]), tuple(values["std"]))
+        for mean, std in zip(statistics.mean, statistics.std, strict=True):
+            if mean.ndim != 1 or mean.shape != std.shape or not mean.is_floating_point() or mean.dtype != std.dtype:
+                raise ValueError("the source's statistics are no means and deviations of the same features")
+            if not bool(torch.isfinite(torch.stack([mean, std])).all()) or bool((std < 0).any()):
+                raise ValueError("the source's statistics hold NaN or infinity, or a negative deviation")
+        self.statistics = statistics
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Discrepancy":
         """What ``to`` calls: the statistics move as buffers do."""

@@ -87,6 +87,8 @@ class WeightedObjective(nn.Module):
         """
         if set(values) != {"weights", "learned", "terms"} or not isinstance(values["weights"], Mapping):
             raise ConfigError(f"an objective has {sorted(values)}; allowed are weights, learned and terms: give those")
+        if not isinstance(values["learned"], bool) or set(values["terms"]) != set(values["weights"]):
+            raise ConfigError("an objective has other terms than weights; allowed are the same: give both of each")
         objective = cls(values["weights"], learned=values["learned"])
         for name, term in objective.named_terms.items():
             term.load_dict(values["terms"][name])

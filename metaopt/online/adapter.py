@@ -8,29 +8,26 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
-from metaopt.errors import CheckpointError, check_kind
+from metaopt.errors import check_kind
 from metaopt.experts.adapter import NAME as EXPERTS
-from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
+from metaopt.online.adaptation_file import Adaptation, read_adaptation, write_adaptation
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.gathering import WAITING, Gathering
 from metaopt.online.incoming import as_images, intact_images
 from metaopt.optimizers.update import NONFINITE, InPlaceApply, gradients_of, is_finite
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
-from metaopt.policy.state import State, copied_state, state_from_dict, state_to_dict
+from metaopt.policy.state import State, copied_state
 from metaopt.policy.step import adaptation_step, evaluate_on, loss_of, predict_on
 from metaopt.types import Parameters, StepOutput
 
-FORMAT = "metaopt-online"
-VERSION = 3
 BROKEN = "broken_images"  # event: some of the batch are no images, and were left out
 
 _frozen: ContextVar[tuple["FrozenAdapter", ...]] = ContextVar("frozen", default=())
@@ -267,56 +264,27 @@ class OnlineAdapter:
         Raises:
             OutputError: the file cannot be written.
         """
-        parameters = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
-        values: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "method": self.policy.method,
-            "seed": self.policy.seed,
-            "source": self.model.weights_sha256(),
-            "parameters": parameters,
-            "state": state_to_dict(self.state),
-            "steps": self.steps,
-            "updates": self.updates,
-            "waiting": torch.empty(0) if self.gathering.waiting is None else self.gathering.waiting,
-            "events": dict(self.events),
-        }
-        atomic_save(values, path)
+        with self._lock:
+            write_adaptation(path, self._adaptation(), self.policy, self.model.weights_sha256())
+
+    def _adaptation(self) -> Adaptation:
+        waiting, seed = self.gathering.waiting, self.policy.seed
+        return Adaptation(self.parameters, self.state, self.steps, self.updates, self.events, waiting, seed)
 
     def load(self, path: str | Path) -> None:
         """Go on from where :meth:`save` was called, bit for bit.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or of another model or method.
+            CheckpointError: the file is missing or damaged, or of another model, method or policy; nothing has changed.
         """
-        values = safe_load(path, checksums=True)
-        if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-            raise CheckpointError(
-                f"'{path}' holds no online adaptation; allowed are files of OnlineAdapter.save: give one of those"
-            )
-        try:
-            shapes = {name: tuple(tensor.shape) for name, tensor in values["parameters"].items()}
-            if shapes != {name: tuple(tensor.shape) for name, tensor in self.parameters.items()}:
-                raise ValueError("its parameters are of another model")
-            if values["source"] != self.model.weights_sha256():
-                raise ValueError("it is of a model with other weights")
-            if values["method"] != self.policy.method:
-                raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
-            state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
-            steps, updates, events = int(values["steps"]), int(values["updates"]), dict(values["events"])
-            waiting, seed = values["waiting"].to(self.model.mean), int(values["seed"])
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
-            ) from error
-        self.parameters = {
-            name: values["parameters"][name].to(tensor).requires_grad_() for name, tensor in self.parameters.items()
-        }
-        self.state, self.steps, self.updates = state, steps, updates
-        self.gathering.waiting = waiting if waiting.numel() > 0 else None
-        self.policy.seed = seed
-        self.events.clear()
-        self.events.update(events)
+        classes = self.source.num_classes
+        found = read_adaptation(path, self.policy, self.model.weights_sha256(), self.parameters, classes)
+        with self._lock:
+            self.parameters = {name: tensor.requires_grad_() for name, tensor in found.parameters.items()}
+            self.state, self.steps, self.updates = found.state, found.steps, found.updates
+            self.gathering.waiting, self.policy.seed = found.waiting, found.seed
+            self.events.clear()
+            self.events.update(found.events)
 
 
 class FrozenAdapter:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import ConfigError
 from metaopt.models import SourceModel
+from metaopt.parameters import ParameterLayout
 from metaopt.settings import build
 from metaopt.types import Parameters
 
@@ -134,7 +135,25 @@ class Part(nn.Module):
     @classmethod
     def settings_of(cls, values: Mapping[str, Any]) -> Any:
         """The settings in what :meth:`to_dict` gave."""
-        return settings(cls.Config, values["config"], cls.name)
+        return build(cls.Config, values["config"], cls.name)
+
+    def check_layout(self, layout: ParameterLayout) -> None:
+        """Refuse to have been learned on other tensors than these, the adapted ones of the policy's own model.
+
+        Raises:
+            ValueError: a tensor of that name has another size, or there is none.
+        """
+
+    def check_state(self, state: Any, classes: int) -> None:
+        """Refuse a state, read from a file, that no stream of batches leads to; its tensors are finite.
+
+        Args:
+            state: in the structure of :meth:`init`; what is empty there may have any shape.
+            classes: C of the model.
+
+        Raises:
+            ValueError: it is none.
+        """
 
     def transferred(self, model: SourceModel) -> tuple[Self | None, str]:
         """The part for another model, and a few words on it; None where it stays behind."""

@@ -9,18 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor, nn
 
 from metaopt import registry
-from metaopt.errors import CheckpointError, MetaoptError, check_one_of
-from metaopt.files import atomic_save, safe_load
+from metaopt.errors import CheckpointError, check_one_of
+from metaopt.files import atomic_save, is_finite, safe_load, says
 from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective
 from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
 from metaopt.parameters import ParameterLayout
 from metaopt.policy.adapts import ADAPTS, layout_of
 from metaopt.policy.part import Part
+from metaopt.policy.policy_file import check_fields, check_weights
 from metaopt.policy.source_record import SourceRecord
 from metaopt.policy.state import State
 from metaopt.settings import build
@@ -183,27 +183,47 @@ class AdaptationPolicy(nn.Module):
         Raises:
             CheckpointError: another format or version, or a part is missing or does not fit.
         """
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+        if not says(values, "format", FORMAT):
             raise CheckpointError(
                 f"'{path}' is not a policy; allowed are files written by pretrain/meta_train.py: give one of those"
             )
-        if values.get("version") != VERSION:
+        if not says(values, "version", VERSION):
+            found = " ".join(str(values.get("version")).split())[:80]
             raise CheckpointError(
-                f"'{path}' has version {values.get('version')}; this release reads version {VERSION}: train the policy "
-                "again"
+                f"'{path}' has version {found}; this release reads version {VERSION}: train the policy again"
             )
         try:
             return cls._built(values)
-        except (MetaoptError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except Exception as error:  # values of any type can raise nearly anything
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"'{path}' is damaged ({reason}); train the policy again or restore the file"
             ) from error
 
     @classmethod
     def _built(cls, values: Mapping[str, Any]) -> Self:
+        check_fields(values)
         check_one_of("adapts", values["adapts"], ADAPTS)
-        policy = cls(
+        check_weights(lambda: cls._composed(values), values["weights"])
+        policy = cls._composed(values)
+        dtypes = {tensor.dtype for tensor in values["weights"].values()}
+        if len(dtypes) == 1:
+            policy.to(dtypes.pop())
+        policy.load_state_dict(values["weights"])
+        if not all(map(is_finite, policy.state_dict().values())):
+            raise ValueError("a tensor holds NaN or infinity")
+        policy.source = SourceRecord.from_dict(values["source"])
+        if tuple(values["tensors"]) not in ((), policy.source.layout.names):
+            raise ValueError("its step sizes are of other tensors than its source model's")
+        for part in policy.listed:
+            part.check_layout(policy.source.layout)
+        policy.training = dict(values["training"])
+        return policy
+
+    @classmethod
+    def _composed(cls, values: Mapping[str, Any]) -> Self:
+        """What a file's settings describe, with nothing learned yet."""
+        return cls(
             values["method"],
             WeightedObjective.from_dict(values["objective"]),
             GradientGenerator(build(GeneratorConfig, values["generator"], "generator"), values["tensors"]),
@@ -211,15 +231,6 @@ class AdaptationPolicy(nn.Module):
             values["adapts"],
             int(values.get("seed", 0)),  # which files of older releases lack
         )
-        dtypes = {tensor.dtype for tensor in values["weights"].values()}
-        if len(dtypes) == 1:
-            policy.to(dtypes.pop())
-        policy.load_state_dict(values["weights"])
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in policy.state_dict().values()):
-            raise ValueError("a tensor holds NaN or infinity")
-        policy.source = SourceRecord.from_dict(values["source"])
-        policy.training = dict(values["training"])
-        return policy
 
     def save(self, path: str | Path) -> None:
         """Write the policy atomically; what was at ``path`` stays until the new file is complete.

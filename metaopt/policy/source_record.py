@@ -1,5 +1,6 @@
 """Which source model a policy belongs to, and the refusal of any other."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -28,9 +29,16 @@ class SourceRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: the model's description is of no use.
+            ValueError: the fingerprint or the list of tensors is.
+        """
         layout = ParameterLayout.from_list(values["layout"])
-        return cls(ModelSpec.from_dict(values["spec"]), str(values["sha256"]), layout)
+        if not isinstance(values["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", values["sha256"]):
+            raise ValueError(f"its source model's fingerprint is {values['sha256']!r:.80}, no SHA-256")
+        return cls(ModelSpec.from_dict(values["spec"]), values["sha256"], layout)
 
     def check(self, model: SourceModel) -> None:
         """Refuse any other model.

@@ -59,3 +59,13 @@ def _filled(tensors: list[Tensor], like: Any) -> Any:
     for index, tensor in zip(slots, tensors, strict=True):
         leaves[index] = tensor.to(leaves[index])
     return pytree.tree_unflatten(leaves, structure)
+
+
+def check_mean_prediction(name: str, mean: Tensor, classes: int) -> None:
+    """Refuse anything but the mean of predictions over ``classes`` classes, (C,), or (0,) before any.
+
+    Raises:
+        ValueError: it has another shape, or is no probability.
+    """
+    if tuple(mean.shape) not in ((0,), (classes,)) or bool(((mean < 0) | (mean > 1.01)).any()):
+        raise ValueError(f"the mean prediction of {name} is no probabilities of {classes} classes")

@@ -96,7 +96,7 @@ def _config(model_name: str, seed: int, data: ImageSet, model: SourceModel) -> d
 
 def _read(path: Path, config: dict[str, Any], model: SourceModel) -> bool:
     """Load the cached weights into ``model``; False, with a warning for a bad file, where there are none of use."""
-    if not path.exists():
+    if not os.path.exists(path):  # False for a path that cannot be looked at, where Path.exists raises
         return False
     try:
         stored = safe_load(path)
@@ -105,8 +105,8 @@ def _read(path: Path, config: dict[str, Any], model: SourceModel) -> bool:
         weights = stored.get("state_dict")
         if not isinstance(weights, dict) or weights_sha256(weights) != stored.get("sha256"):
             raise CheckpointError(f"'{path}' holds damaged weights")
-    except CheckpointError as error:
+        model.module.load_state_dict(weights)
+    except Exception as error:  # values of any type can raise nearly anything
         _LOG.warning("training %s again, since its cached weights cannot be used: %s", config["model"], error)
         return False
-    model.module.load_state_dict(weights)
     return True

@@ -105,7 +105,7 @@ def test_defaults_are_the_published_contract() -> None:
     assert (config.data.name, config.meta.batch_size, config.n_unlabeled, config.meta.seed) == ("digits", 64, 128, 0)
     assert (config.meta.loss, config.meta.gradient, config.meta.backend) == ("clean_teacher", "first_order", "func")
     assert (config.meta.generator.variant, config.device) == ("residual", "cpu")
-    assert config.out is not None and config.out.startswith("runs/meta_train/") and "$" not in config.out
+    assert config.out is None, "a folder that no other run has is made when the run starts"
     assert online("--policy", "p").setting == "reset"
 
 
@@ -113,6 +113,44 @@ def test_defaults_are_the_published_contract() -> None:
 def test_policy_option(argv: tuple[str, ...]) -> None:
     config = online(*argv)
     assert (config.policy_path, config.method.name) == ("a/b", "policy")
+
+
+PATHS = [
+    ("online", "--policy={}", lambda config: config.policy_path),
+    ("online", "policy_path={}", lambda config: config.policy_path),
+    ("online", "out={}", lambda config: config.out),
+    ("online", "model.checkpoint={}", lambda config: config.model.checkpoint),
+    ("online", "source.images={}", lambda config: config.source.images),
+    ("online", "source.cache={}", lambda config: config.source.cache),
+    ("benchmark", "policy_path=[{}]", lambda config: config.policy_path[0]),
+    ("benchmark", "out={}", lambda config: config.out),
+    ("meta_train", "out={}", lambda config: config.out),
+    ("meta_train", "start={}", lambda config: config.start),
+    ("meta_train", "resume={}", lambda config: config.resume),
+    ("source", "cache={}", lambda config: config.cache),
+    ("footprint", "images={}", lambda config: config.images),
+]
+
+
+@pytest.mark.parametrize(("command", "argument", "found"), PATHS)
+def test_home_is_expanded_in_every_path(command, argument, found, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    more = ["method=tent"] if command in ("footprint", "online") else []
+    for written, meant in (("~/a b.npy", "/home/me/a b.npy"), ("b/~x", "b/~x")):
+        assert found(compose(SCHEMAS[command], command, [*more, argument.format(written)])) == meant
+
+
+def test_home_is_expanded_in_the_paths_of_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    files = ("data=arrays", "data.images=~/x.npy", "data.labels=~/y.npy", "model.checkpoint=w.pt")
+    arrays = online("method=bn", *files)
+    assert (arrays.data.images, arrays.data.labels) == ("/home/me/x.npy", "/home/me/y.npy")
+    assert online("method=bn", "data=cifar_c", "data.root=~", "model.checkpoint=w.pt").data.root == "/home/me"
+
+
+def test_arguments_that_are_no_text_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'out=\\udcff' is no UTF-8 text"):
+        online("out=\udcff")
 
 
 def test_policy_option_keeps_a_method_that_was_asked_for() -> None:

@@ -1,10 +1,9 @@
-"""The battery that every reader in `READERS` passes: a new one needs settings in `settings` and a YAML file."""
+"""The battery that every reader in `READERS` passes: a new one needs its settings and files in `small_readers`."""
 
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import yaml
@@ -12,7 +11,8 @@ import yaml
 from metaopt.data import READERS, Reader
 from metaopt.errors import ConfigError
 
-IMAGES = 6
+from .small_readers import reader_settings, write_files
+
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 everyone = pytest.mark.parametrize("name", READERS)
@@ -20,17 +20,9 @@ everyone = pytest.mark.parametrize("name", READERS)
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, dict[str, Any]]:
-    """Settings of each reader for a stream of at most a few images under fog and snow, and the files for it."""
-    pixels = numpy.random.default_rng(0).integers(0, 256, (IMAGES, 8, 8, 3), dtype=numpy.uint8)
-    for file in ("images", "fog", "snow"):
-        numpy.save(tmp_path / f"{file}.npy", pixels)
-    numpy.save(tmp_path / "labels.npy", numpy.arange(IMAGES))
-    small = {"corruptions": ["fog", "snow"], "limit": 4}
-    return {
-        "digits": small,
-        "arrays": {**small, "images": str(tmp_path / "images.npy"), "labels": str(tmp_path / "labels.npy")},
-        "cifar_c": {**small, "root": str(tmp_path)},
-    }
+    """Of each reader for a stream of at most a few images under fog and snow, and the files for it."""
+    write_files(tmp_path)
+    return reader_settings(tmp_path)
 
 
 @everyone

@@ -82,6 +82,18 @@ def weights_of(name: str, classes: int = 10) -> Make:
     return make
 
 
+def a_flipped_bit() -> None:
+    content = bytearray(Path("model.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("bad.pt").write_bytes(content)
+
+
+def weights_with_nan() -> None:
+    weights = torch.load("model.pt")
+    next(iter(weights.values()))[0, 0, 0, 0] = torch.nan
+    torch.save(weights, "bad.pt")
+
+
 def no_norm_layers() -> None:
     torch.save(timm.create_model("test_nfnet", num_classes=10).state_dict(), "bad.pt")
 
@@ -130,6 +142,8 @@ CASES = {
     # Policies
     "policy missing": Case("online", ["--policy", "none.pt", *ONLINE], "no file 'none.pt'"),
     "policy is a folder": Case("online", ["--policy", "run", *ONLINE], "is a folder"),
+    "policy of a long path": Case("online", ["--policy", "x" * 300, *ONLINE], "File name too long"),
+    "policy in nobody's home": Case("online", ["--policy", "~/none.pt", *ONLINE], f"'{Path.home()}/none.pt'"),
     "policy cut short": Case("online", POLICY, "is no readable file of torch.save", half_a_policy),
     "policy with a hole": Case("online", POLICY, "damaged", policy_with_a_hole),
     "policy of another version": Case("online", POLICY, "version 99", policy_of_tomorrow),
@@ -142,6 +156,8 @@ CASES = {
     "model unknown": Case("online", [*ONLINE, "method=bn", "model=resnet5O"], "no model 'resnet5O'; nearest are"),
     "model without recipe": Case("online", ["method=bn", "model=resnet18", "out=run"], "no training recipe"),
     "weights missing": Case("online", [*ONLINE, "method=bn", "model.checkpoint=none.pt"], "no file 'none.pt'"),
+    "weights damaged": Case("online", [*ONLINE, "method=bn", "model.checkpoint=bad.pt"], "checksum", a_flipped_bit),
+    "weights with NaN": Case("online", [*ONLINE, "method=bn", "model.checkpoint=bad.pt"], "NaN", weights_with_nan),
     "weights with code": Case(
         "meta_train", [*TINY_META, "model.checkpoint=bad.pt", "out=run"], "pickled code", saved_code
     ),
@@ -177,6 +193,9 @@ CASES = {
     ),
     # Images and labels
     "images missing": Case("online", ARRAYS, "no file bad.npy"),
+    "images of a long path": Case(
+        "online", [*ARRAYS[:-2], f"data.images={'x' * 300}", "out=run"], "File name too long"
+    ),
     "images no array": Case("online", ARRAYS, "cannot read bad.npy", text_file),
     "images with code": Case("online", ARRAYS, "cannot read bad.npy", object_array),
     "images channels first": Case("online", ARRAYS, "images are (N, H, W, 3)", images(IMAGES.transpose(0, 3, 1, 2))),
@@ -270,7 +289,10 @@ CASES = {
         a_policy_elsewhere,
     ),
     "start overwritten": Case(
-        "meta_train", [*TINY_META, "start=ckpt.pt", "out=run"], "the file that this command writes"
+        "meta_train", [*TINY_META, "start=ckpt.pt", "out=run"], "a file that this command writes"
+    ),
+    "start overwritten in the run's folder": Case(
+        "meta_train", [*TINY_META, "start=run/ckpt.pt", "out=run"], "a file that this command writes"
     ),
     "frozen unknown": Case(
         "meta_train",
@@ -279,6 +301,8 @@ CASES = {
     ),
     # Outputs
     "out is a file": Case("online", [*ONLINE, "method=bn", "out=taken"], "cannot write", a_file_called_taken),
+    "out too long": Case("online", [*ONLINE, "method=bn", f"out={'x' * 300}"], "File name too long"),
+    "out no text": Case("online", [*ONLINE[:-1], "method=bn", "out=\udcff"], "is no UTF-8 text"),
     "out under a file": Case("meta_train", [*TINY_META, "out=taken/run"], "cannot write", a_file_called_taken),
     "out of benchmark": Case("benchmark", [*ONLINE, "out=taken"], "cannot write", a_file_called_taken),
     "cache is a file": Case("source", ["cache=taken"], "cannot write", a_file_called_taken),

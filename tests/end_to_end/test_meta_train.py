@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from metaopt.cli.meta_train import RUNS, run_folder
 from metaopt.evaluation import read_scalars
 from metaopt.files import safe_load
 from metaopt.meta import MetaTrainer
@@ -62,12 +64,30 @@ def test_a_run_leaves_a_small_policy_a_summary_and_curves(workspace: Path) -> No
     assert read_scalars("run", "meta/report/drop") == [(4, pytest.approx(drop["mean"], abs=1e-6))]
 
 
+def test_the_run_keeps_its_own_copy_of_the_policy(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_same_policy(AdaptationPolicy.load("run/ckpt.pt"), AdaptationPolicy.load("ckpt.pt"))
+    first = Path("run/ckpt.pt").read_bytes()
+    assert meta_train([*TINY_META, "seed=1", "out=other", "stop_after=1", "meta.report_tasks=0"]) == 0
+    assert "other/ckpt.pt holds epoch" in capsys.readouterr().out
+    assert Path("run/ckpt.pt").read_bytes() == first
+    assert_same_policy(AdaptationPolicy.load("other/ckpt.pt"), AdaptationPolicy.load("ckpt.pt"))
+
+
+def test_runs_that_start_in_one_second_share_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(6) as threads:
+        folders = list(threads.map(run_folder, [None] * 12))
+    assert len(set(folders)) == 12 and all(folder.is_dir() for folder in folders)
+    assert {folder.parent for folder in folders} == {RUNS}
+    assert run_folder("asked") == run_folder("asked") == Path("asked")
+
+
 def test_nothing_is_written_elsewhere(workspace: Path) -> None:
     assert {path.name for path in workspace.iterdir()} == {"model.pt", "ckpt.pt", "run"}
     # TensorBoard's names go on with the time, the host, the process and the number of its file in that process.
     names = {path.name.partition(".tfevents")[0] for path in (workspace / "run").iterdir()}
-    assert names == {"last.pt", "summary.json", "events.out"}
-    assert len(list((workspace / "run").iterdir())) == 3
+    assert names == {"ckpt.pt", "last.pt", "summary.json", "events.out"}
+    assert len(list((workspace / "run").iterdir())) == 4
 
 
 def test_stopped_and_resumed_equals_uninterrupted(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """Images and labels from ``.npy`` files."""
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +7,13 @@ import torch
 
 from metaopt.data.images import ImageSet
 from metaopt.data.readers.base import Reader
+from metaopt.data.readers.npy import PathLike, open_array
 from metaopt.data.stream import Stream, shifted_stream
 from metaopt.errors import DataError
+from metaopt.settings import PathSetting
 
-PathLike = str | os.PathLike[str]
+LOOKED_AT = 2**20
+"""Numbers of a file of the wrong type that are searched for NaN, which the message then names too."""
 
 
 def load_arrays(images: PathLike, labels: PathLike | None = None) -> ImageSet:
@@ -37,30 +39,13 @@ class Arrays(Reader):
     name = "arrays"
     required = ("images", "reads .npy files")
 
-    images: str | None = None
-    labels: str | None = None
+    images: PathSetting | None = None
+    labels: PathSetting | None = None
 
     def _domains(self, seed: int) -> Stream:
         assert self.images is not None
         clean = load_arrays(self.images, self.labels).take(self.limit)
         return shifted_stream(clean, self.corruptions or (), self.severities, name=self.name, seed=seed)
-
-
-def open_array(path: PathLike) -> np.ndarray:
-    """A ``.npy`` file mapped into memory, nothing read yet.
-
-    Raises:
-        DataError: the file is missing, damaged, or holds Python objects.
-    """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DataError(f"no file {path}: a .npy array is needed; check the path") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path} ({error}): a .npy array of numbers is needed; save it again") from error
-    if not isinstance(array, np.ndarray):
-        raise DataError(f"{path} holds several arrays: one .npy array is needed; save the images alone")
-    return array
 
 
 def images_tensor(array: np.ndarray, path: PathLike) -> torch.Tensor:
@@ -69,21 +54,22 @@ def images_tensor(array: np.ndarray, path: PathLike) -> torch.Tensor:
         raise DataError(f"{path} holds {array.dtype}{_not_finite(array)}: images are uint8 in 0..255; convert and save")
     if array.ndim != 4 or array.shape[3] != 3:
         raise DataError(f"{path} has shape {array.shape}: images are (N, H, W, 3); transpose and save")
-    if array.size == 0:
-        raise DataError(f"{path} has shape {array.shape}: at least one image is needed; the file is empty")
     return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 
 
 def labels_tensor(array: np.ndarray, path: PathLike) -> torch.Tensor:
-    """(N,) integers as int64."""
+    """(N,) integers of 0 or more as int64."""
     if not np.issubdtype(array.dtype, np.integer):
         raise DataError(f"{path} holds {array.dtype}{_not_finite(array)}: labels are integers; convert and save")
     if array.ndim != 1:
         raise DataError(f"{path} has shape {array.shape}: labels are (N,); flatten and save")
+    least, most = int(array.min()), int(array.max())
+    if least < 0 or most > np.iinfo(np.int64).max:
+        raise DataError(f"{path} has the label {least if least < 0 else most}: class indices start at 0; renumber them")
     return torch.from_numpy(array.astype(np.int64))
 
 
 def _not_finite(array: np.ndarray) -> str:
     """A word on NaN and infinity, which a conversion would turn into arbitrary numbers."""
     floating = np.issubdtype(array.dtype, np.floating)
-    return " with NaN or infinity" if floating and not np.isfinite(array).all() else ""
+    return " with NaN or infinity" if floating and not np.isfinite(array.flat[:LOOKED_AT]).all() else ""

@@ -5,20 +5,24 @@ the rows (s - 1) * 10000 to s * 10000. A file with as many rows as there are dis
 """
 
 import difflib
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from metaopt.data.images import ImageSet
-from metaopt.data.readers.arrays import images_tensor, labels_tensor, open_array
+from metaopt.data.readers.arrays import images_tensor, labels_tensor
 from metaopt.data.readers.base import Reader
+from metaopt.data.readers.npy import open_array
 from metaopt.data.shifts import TEST, shift_names
 from metaopt.data.stream import Domain, Stream
 from metaopt.errors import DataError
+from metaopt.settings import PathSetting
 
 SEVERITIES = 5
 PUBLISHED_ROWS = 10_000  # of one severity
 SINGLE_SEVERITY = 5  # of a file that holds one severity alone
+LABELS = "labels.npy"
 
 
 @dataclass
@@ -38,16 +42,16 @@ class CifarC(Reader):
     name = "cifar_c"
     required = ("root", "reads a folder")
 
-    root: str | None = None
+    root: PathSetting | None = None
 
     def _domains(self, seed: int) -> Stream:
         folder = Path(self.root or "")
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # False for a path that cannot be looked at, where Path.is_dir raises
             raise DataError(f"no folder {folder}: data.root must hold CIFAR-C files; check the path")
         names = shift_names(TEST) if self.corruptions is None else self.corruptions
         if not names:
             raise DataError(f"0 corruptions at {len(self.severities)} severities: at least one of each is needed")
-        rows = len(open_array(folder / "labels.npy"))
+        rows = len(labels_tensor(open_array(folder / LABELS), folder / LABELS))
         return [_domain(folder, name, severity, rows, self.limit) for severity in self.severities for name in names]
 
 
@@ -63,11 +67,10 @@ def _domain(folder: Path, name: str, severity: float, label_rows: int, limit: in
 
 
 def _find(folder: Path, name: str) -> Path:
-    """The file of a corruption."""
-    path = folder / f"{name}.npy"
-    if path.is_file():
-        return path
-    known = sorted(file.stem for file in folder.glob("*.npy") if file.stem != "labels")
+    """The file of a corruption, which is one of the folder's own: a name is no path."""
+    known = sorted(file.stem for file in folder.glob("*.npy") if file.name != LABELS)
+    if name in known:
+        return folder / f"{name}.npy"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0)
     raise DataError(
         f"unknown corruption '{name}': "
@@ -95,5 +98,5 @@ def _rows(path: Path, rows: int, label_rows: int, severity: int) -> tuple[int, i
 def _read(folder: Path, name: str, start: int, size: int) -> ImageSet:
     """The images of a domain and their labels, which repeat with every severity."""
     images = open_array(folder / f"{name}.npy")[start : start + size]
-    labels = labels_tensor(open_array(folder / "labels.npy")[:size], folder / "labels.npy")
+    labels = labels_tensor(open_array(folder / LABELS)[:size], folder / LABELS)
     return ImageSet(images_tensor(images, folder / f"{name}.npy"), labels)

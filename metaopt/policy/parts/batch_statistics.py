@@ -132,6 +132,8 @@ class BatchStatistics(Part):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of :meth:`to_dict`."""
+        if not isinstance(values["layers"], list) or not all(isinstance(name, str) for name in values["layers"]):
+            raise ValueError("the layers of batch_statistics are no list of names")
         return cls(cls.settings_of(values), values["layers"])
 
     def transferred(self, model: SourceModel) -> tuple[Self, str]:

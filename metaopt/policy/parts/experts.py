@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from metaopt.errors import check_one_of, check_positive, check_range
+from metaopt.errors import ModelError, check_one_of, check_positive, check_range
 from metaopt.experts.adapter import NAME, Experts, get_experts, with_experts
 from metaopt.experts.config import ExpertsConfig
 from metaopt.experts.mixture import EXPERT_TENSORS
@@ -18,6 +18,7 @@ from metaopt.experts.sites import Site
 from metaopt.models import SourceModel
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
+from metaopt.settings import build
 from metaopt.types import Parameters
 
 LEARNING = ("learned", "frozen")
@@ -91,10 +92,15 @@ class ExpertsPart(Part):
         """A model with these experts, which shares the network's tensors with ``model``.
 
         Raises:
-            ModelError: the model has no place for experts.
+            ModelError: the model has no place for experts, or others than they were learned at.
         """
         beside = with_experts(model, self.config.mixtures)
         if self.mixtures is not None:
+            if get_experts(beside).sites != self.mixtures.sites:
+                raise ModelError(
+                    f"the policy's experts are at {len(self.mixtures.sites)} sites, and not at those of this model; "
+                    "allowed is the model that they were learned on: train a policy for this one"
+                )
             get_experts(beside).load_state_dict(self.mixtures.state_dict())
         return beside
 
@@ -155,7 +161,7 @@ class ExpertsPart(Part):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of :meth:`to_dict`."""
         sites = values["sites"]
-        return cls(cls.settings_of(values), None if sites is None else [Site(**site) for site in sites])
+        return cls(cls.settings_of(values), None if sites is None else [build(Site, site, "site") for site in sites])
 
     def transferred(self, model: SourceModel) -> tuple[None, str]:
         """They stay behind."""

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from metaopt.errors import ConfigError, check_range
 from metaopt.optimizers.update import gradients_of
-from metaopt.parameters import adapted_layout, detached
+from metaopt.parameters import ParameterLayout, adapted_layout, detached
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
 from metaopt.types import ForwardOutput, Parameters
@@ -82,7 +82,17 @@ class Fisher(Part):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of :meth:`to_dict`."""
+        for name, f in values["information"].items():
+            if not (f.is_floating_point() and bool(torch.isfinite(f).all()) and bool((f >= 0).all())):
+                raise ValueError(f"the Fisher information of '{name}' holds NaN, infinity or negative values")
         return cls(cls.settings_of(values), values["information"])
+
+    def check_layout(self, layout: ParameterLayout) -> None:
+        """Refuse other shapes, and tensors that do not adapt."""
+        shapes = layout.shapes
+        for name, f in self.information.items():
+            if shapes.get(name) != tuple(f.shape):
+                raise ValueError(f"the Fisher information of '{name}' is {tuple(f.shape)}, not {shapes.get(name)}")
 
     def transferred(self, model: nn.Module) -> tuple[Self, str]:
         """It has to be estimated anew."""

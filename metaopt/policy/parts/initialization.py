@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import check_positive, check_range
 from metaopt.models import SourceModel
-from metaopt.parameters import adapted_layout
+from metaopt.parameters import ParameterLayout, adapted_layout
 from metaopt.policy.part import Part
 from metaopt.types import Parameters
 
@@ -84,7 +84,16 @@ class Initialization(Part):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of :meth:`to_dict`."""
+        if not all(isinstance(name, str) and type(size) is int and size >= 0 for name, size in values["sizes"].items()):
+            raise ValueError("the initialization's sizes are no counts by name")
         return cls(cls.settings_of(values), values["sizes"])
+
+    def check_layout(self, layout: ParameterLayout) -> None:
+        """Refuse other sizes, and tensors that do not adapt."""
+        numels = {tensor.name: tensor.numel for tensor in layout.tensors}
+        for name, size in self.sizes.items():
+            if numels.get(name) != size:
+                raise ValueError(f"the initialization has {size} numbers for '{name}', which has {numels.get(name)}")
 
     def transferred(self, model: SourceModel) -> tuple[None, str]:
         """It stays behind."""

@@ -16,6 +16,7 @@ from metaopt.activation_memory import (
 from metaopt.errors import check_one_of
 from metaopt.models import SourceModel
 from metaopt.policy.part import Part
+from metaopt.settings import build
 from metaopt.types import Parameters
 
 LEARNED = "learned"
@@ -65,7 +66,7 @@ class Pruning(Part):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of :meth:`to_dict`."""
         head = values["head"]
-        return cls(cls.settings_of(values), None if head is None else LearnedPrecisionConfig(**head))
+        return cls(cls.settings_of(values), None if head is None else build(LearnedPrecisionConfig, head, "rates"))
 
     def transferred(self, model: SourceModel) -> tuple[Self, str]:
         """It knows layers by what they are."""

@@ -41,6 +41,11 @@ class Recovery(Part):
         """The running loss: empty before any."""
         return next(iter(parameters.values())).detach().new_zeros(0)
 
+    def check_state(self, state: Tensor, classes: int) -> None:
+        """A scalar, or none yet."""
+        if tuple(state.shape) not in ((), (0,)):
+            raise ValueError(f"its running loss has shape {tuple(state.shape)}")
+
     def judge(self, context: StepContext, output: StepOutput) -> None:
         """Take the loss in, and go back to the start where the mean has become too small."""
         loss = context.losses[-1] if context.losses else None

@@ -21,6 +21,7 @@ from torch.nn.functional import cosine_similarity
 from metaopt.errors import check_range
 from metaopt.objectives.entropy import softmax_entropy
 from metaopt.policy.part import Part
+from metaopt.policy.state import check_mean_prediction
 from metaopt.policy.step import StepContext
 from metaopt.types import Parameters
 
@@ -52,6 +53,10 @@ class SampleFilter(Part):
     def init(self, parameters: Parameters) -> Tensor:
         """The mean prediction of the samples learned from: empty before any."""
         return next(iter(parameters.values())).detach().new_zeros(0)
+
+    def check_state(self, state: Tensor, classes: int) -> None:
+        """A mean prediction, or none yet."""
+        check_mean_prediction(self.name, state, classes)
 
     def weigh(self, context: StepContext, logits: Tensor) -> Tensor:
         """The weight of each sample, (B,)."""

@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity
 from metaopt.errors import check_positive, check_range
 from metaopt.objectives.entropy import softmax_entropy
 from metaopt.policy.part import Part
+from metaopt.policy.state import check_mean_prediction
 from metaopt.policy.step import StepContext
 
 
@@ -45,6 +46,10 @@ class SampleWeights(Part):
     def init(self, parameters: dict[str, Tensor]) -> Tensor:
         """The mean prediction: empty, which stands for an even one, until the number of classes is seen."""
         return next(iter(parameters.values())).detach().new_zeros(0)
+
+    def check_state(self, state: Tensor, classes: int) -> None:
+        """A mean prediction, or none yet."""
+        check_mean_prediction(self.name, state, classes)
 
     def weigh(self, context: StepContext, logits: Tensor) -> Tensor:
         """w, (B,)."""

@@ -49,10 +49,16 @@ def test_labels_may_repeat_with_every_severity(tmp_path, monkeypatch):
         (COUNT, COUNT, {"corruptions": ["fogg"]}, "'fogg': did you mean 'fog'"),
         (COUNT, COUNT, {"corruptions": []}, "0 corruptions"),
         (COUNT, COUNT - 1, {}, "has 6 rows and labels.npy 5"),
+        (COUNT, COUNT, {"corruptions": ["../x"]}, "unknown corruption '../x'"),
+        (COUNT, COUNT, {"corruptions": ["labels"]}, "unknown corruption 'labels'"),
+        (COUNT, COUNT, {"corruptions": ["/etc/x"]}, "unknown corruption"),
+        (COUNT, COUNT, {"corruptions": ["f\0g", ""]}, "unknown corruption"),
+        (COUNT, COUNT, {"root": "x" * 300}, "no folder"),
     ],
 )
 def test_what_the_folder_cannot_give_is_refused_at_once(tmp_path, rows, labels, arguments, says):
     write(tmp_path, rows, labels)
+    np.save(tmp_path.parent / "x.npy", np.load(tmp_path / "fog.npy"))
     with pytest.raises(DataError, match=says):
         CifarC(**{"corruptions": ["fog"], "root": str(tmp_path), **arguments}).stream()
 
@@ -68,6 +74,22 @@ def test_files_of_another_shape_are_refused(tmp_path):
     write(tmp_path, COUNT, COUNT)
     np.save(tmp_path / "fog.npy", np.zeros((COUNT, 3, 4, 4), np.uint8))
     with pytest.raises(DataError, match=r"images are \(N, H, W, 3\)"):
+        CifarC(["fog"], root=str(tmp_path)).stream()
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (np.zeros(COUNT), "labels are integers"),
+        (np.zeros((COUNT, 1), np.int64), r"labels are \(N,\)"),
+        (np.int64(3), "a single number"),
+        (np.arange(COUNT) - 1, "has the label -1"),
+    ],
+)
+def test_labels_of_no_use_are_refused_before_the_first_domain(tmp_path, labels, says):
+    write(tmp_path, COUNT, COUNT)
+    np.save(tmp_path / "labels.npy", labels)
+    with pytest.raises(DataError, match=says):
         CifarC(["fog"], root=str(tmp_path)).stream()
 
 
