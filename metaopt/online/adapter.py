@@ -1,7 +1,7 @@
 """Deployment: a model that predicts and adapts, batch by batch."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -188,18 +188,26 @@ class OnlineAdapter:
         Raises:
             OutputError: the file cannot be written.
         """
-        parameters = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
-        values: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
+        source = self.model.weights_sha256()
+        atomic_save({"format": FORMAT, "version": VERSION, "source": source, **self.state_dict()}, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adaptation so far as tensors and primitives, copied."""
+        return {
             "method": self.policy.method,
-            "source": self.model.weights_sha256(),
-            "parameters": parameters,
+            "parameters": {name: tensor.detach().clone() for name, tensor in self.parameters.items()},
             "state": state_to_dict(self.state),
             "steps": self.steps,
             "events": dict(self.guard.events),
         }
-        atomic_save(values, path)
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken, bit for bit.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError, RuntimeError: the values do not fit; nothing has changed.
+        """
+        self._take(*self._fitting(values))
 
     def load(self, path: str | Path) -> None:
         """Go on from where :meth:`save` was called, bit for bit.
@@ -213,22 +221,30 @@ class OnlineAdapter:
                 f"'{path}' holds no online adaptation; allowed are files of OnlineAdapter.save: give one of those"
             )
         try:
-            shapes = {name: tuple(tensor.shape) for name, tensor in values["parameters"].items()}
-            if shapes != {name: tuple(tensor.shape) for name, tensor in self.parameters.items()}:
-                raise ValueError("its parameters are of another model")
-            if values["source"] != self.model.weights_sha256():
-                raise ValueError("it is of a model with other weights")
-            if values["method"] != self.policy.method:
-                raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
-            state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
-            steps, events = int(values["steps"]), dict(values["events"])
+            fitting = self._fitting(values, check_source=True)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"'{path}' does not fit this adapter ({error}); load it beside the model and method that wrote it"
             ) from error
-        self.parameters = {
-            name: values["parameters"][name].to(tensor).requires_grad_() for name, tensor in self.parameters.items()
-        }
+        self._take(*fitting)
+
+    def _fitting(
+        self, values: Mapping[str, Any], check_source: bool = False
+    ) -> tuple[Parameters, State, int, dict[str, int]]:
+        """Parameters, state, steps and events of a file, in this adapter's types and places."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in values["parameters"].items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in self.parameters.items()}:
+            raise ValueError("its parameters are of another model")
+        if check_source and values["source"] != self.model.weights_sha256():
+            raise ValueError("it is of a model with other weights")
+        if values["method"] != self.policy.method:
+            raise ValueError(f"it is of method {values['method']!r}, not {self.policy.method!r}")
+        state = state_from_dict(values["state"], copied_state(self.policy.init(self.parameters)))
+        parameters = {name: values["parameters"][name].to(tensor) for name, tensor in self.parameters.items()}
+        return parameters, state, int(values["steps"]), dict(values["events"])
+
+    def _take(self, parameters: Parameters, state: State, steps: int, events: dict[str, int]) -> None:
+        self.parameters = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
         self.state, self.steps = state, steps
         self.guard.events.clear()
         self.guard.events.update(events)
