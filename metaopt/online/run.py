@@ -191,12 +191,14 @@ class _Run:
         self.score.load_state_dict(values["score"])
         self.decisions.load_state_dict(values["decisions"])
         self.domains = domains_from_dict(values["domains"])
-        self.domain, self.batch = values["domain"], values["batch"]
-        self.steps, self.updates = values["steps"], values["updates"]
-        self.guard_events = Counter(values["events"])
-        self.held_mib, self.cuda_peak_mib = values["held_mib"], values["cuda_peak_mib"]
+        self.domain, self.batch, self.steps, self.updates = (
+            int(values[name]) for name in ("domain", "batch", "steps", "updates")
+        )
+        self.guard_events = Counter({name: int(values["events"][name]) for name in self.guard_events})
+        peak = values["cuda_peak_mib"]
+        self.held_mib, self.cuda_peak_mib = float(values["held_mib"]), None if peak is None else float(peak)
         self.layers = [LayerMemory(**layer) for layer in values["layers"]]
-        self.metered_shape = values["metered_shape"]
+        self.metered_shape = tuple(int(values["metered_shape"][axis]) for axis in range(4))
         self.watch.step_ms, self.watch.forward_ms = values["step_ms"].tolist(), values["forward_ms"].tolist()
 
     def step(self, batch: Batch) -> Tensor:
