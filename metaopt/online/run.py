@@ -139,11 +139,12 @@ class _Run:
         try:
             check_same(self.made_of, progress.resume["made_of"])
             self.load_state_dict(progress.resume)
-            last = next(met(stream[self.domain], skip=self.batch - 1))
+            there = last_seen(next(met(stream[self.domain], skip=self.batch - 1)))
+            then = progress.resume["last"]
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError, StopIteration) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise CheckpointError(f"the run to resume is damaged ({reason}); start a new run") from error
-        if last_seen(last) != progress.resume["last"]:
+        if there != then:
             raise CheckpointError(
                 "the stream has other images than the run to resume met; allowed are the same ones: put them back, or "
                 "start a new run"
