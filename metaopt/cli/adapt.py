@@ -19,7 +19,7 @@ from metaopt.cli.assemble import (
 )
 from metaopt.cli.command import resolve_device, run_command
 from metaopt.cli.go_on import with_those_of_the_run
-from metaopt.cli.run_folder import MEMORY, SUMMARY, RunFolder
+from metaopt.cli.run_folder import MEMORY, SUMMARY, RunFolder, saved_run
 from metaopt.cli.settings import OnlineSettings
 from metaopt.cli.stop_signals import StoppedBySignal, stop_signals
 from metaopt.data import Batch, Stream
@@ -32,11 +32,11 @@ from metaopt.policy import AdaptationPolicy
 
 def run(settings: OnlineSettings, arguments: Sequence[str]) -> None:
     """Run one method over the stream, and write what it predicted and what that cost."""
-    device = resolve_device(settings.device)
+    saved, device = saved_run(settings), resolve_device(settings.device)
     policy = None if settings.policy_path is None else AdaptationPolicy.load(settings.policy_path)
     stream = settings.data.stream(settings.seed)
     out = ensure_writable_folder(settings.out)
-    with RunFolder(settings, arguments) as folder:
+    with RunFolder(settings, arguments, saved) as folder:
         model = load_model(settings.model, settings.source, device)
         check_stream(stream, model, device)
         if policy is not None:

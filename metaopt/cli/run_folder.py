@@ -28,24 +28,23 @@ class RunFolder:
     A new run leaves an earlier one in the folder as it is until the first batch is answered.
 
     Args:
-        settings: of the run; ``out`` is the folder, and where ``resume`` is set, the run in it goes on.
+        settings: of the run; ``out`` is the folder.
         arguments: of the command.
+        saved: what :func:`saved_run` gave, for a run that goes on.
 
     Raises:
-        ConfigError: the settings are not those of the run that goes on.
-        CheckpointError: that run cannot be read, or is damaged, or had another policy or other answers.
+        CheckpointError: the answers of the run that goes on are not as it left them.
         OutputError: another process is writing there.
     """
 
-    def __init__(self, settings: OnlineSettings, arguments: Sequence[str]) -> None:
-        self.path = Path(settings.out)
-        policy = None if settings.policy_path is None else file_sha256(settings.policy_path)
-        self._saved: dict[str, Any] | None = None
-        if settings.resume is not None:
-            self._saved = _saved_run(settings, policy)
-            arguments = self._saved["arguments"]
-        self._about = {"arguments": to_keep(arguments), "settings": plain(settings), "policy": policy}
-        written = None if self._saved is None else self._saved["predictions"]
+    def __init__(self, settings: OnlineSettings, arguments: Sequence[str], saved: dict[str, Any] | None) -> None:
+        self.path, self._saved = Path(settings.out), saved
+        self._about = {
+            "arguments": to_keep(arguments) if saved is None else saved["arguments"],
+            "settings": plain(settings),
+            "policy": _policy_sha256(settings),
+        }
+        written = None if saved is None else saved["predictions"]
         self._predictions = Predictions(self.path, written, self._clear)
         self._warned = False
 
@@ -102,24 +101,34 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Take away what a killed process left half-written and, for a new run, what an earlier one left."""
-        remove_unfinished(self.path / SNAPSHOT)
-        if self._saved is None:
-            for name in (SNAPSHOT, SUMMARY, MEMORY):
+        for name in (SNAPSHOT, SUMMARY, MEMORY):
+            remove_unfinished(self.path / name)
+            if self._saved is None:
                 (self.path / name).unlink(missing_ok=True)
 
 
-def _saved_run(settings: OnlineSettings, policy: str | None) -> dict[str, Any]:
-    """The run that goes on."""
-    assert settings.resume is not None
+def saved_run(settings: OnlineSettings) -> dict[str, Any] | None:
+    """What the snapshot of the run that goes on holds; None for a new run.
+
+    Raises:
+        ConfigError: the settings are not those of that run.
+        CheckpointError: it cannot be read, or is damaged, or had another policy.
+    """
+    if settings.resume is None:
+        return None
     saved = load_snapshot(run_folder(settings.resume))
     steps = ("run", "steps"), ("predictions", "bytes"), ("predictions", "crc")
     whole = all(isinstance(saved.get(name), Mapping) for name in ("settings", "predictions", "run"))
     if not whole or not all(isinstance(saved[name].get(key), int) for name, key in steps):
         raise CheckpointError(f"the snapshot in '{settings.resume}' is damaged (parts are missing); start a new run")
     check_settings(settings, saved["settings"])
-    if policy != saved.get("policy"):
+    if _policy_sha256(settings) != saved.get("policy"):
         raise CheckpointError(
             f"'{settings.policy_path}' is not the policy that the run to resume had; allowed is that one: put it back, "
             "or start a new run"
         )
     return saved
+
+
+def _policy_sha256(settings: OnlineSettings) -> str | None:
+    return None if settings.policy_path is None else file_sha256(settings.policy_path)
