@@ -55,7 +55,7 @@ def arguments_of(folder: Path) -> list[str]:
 
 def to_keep(arguments: Sequence[str]) -> list[str]:
     """The arguments that a snapshot keeps."""
-    return [f"{key}={value}" for key, value in _pairs(arguments) if key not in FREE]
+    return [f"{key}={value}" for key, value in _pairs(arguments) if key not in ("resume", "out")]
 
 
 def plain(settings: OnlineSettings) -> dict[str, Any]:
