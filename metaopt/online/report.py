@@ -1,7 +1,7 @@
 """What a run over a stream gives: scores of its domains, memory, times and counts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def domain_report(domain: Domain, score: DomainScore, number: int) -> DomainRepo
 
 def domains_to_dict(domains: Sequence[DomainReport]) -> dict[str, Any]:
     """Reports as tensors and primitives; the errors after each batch, which are many, as one tensor."""
-    rows = [{**asdict(domain), "cumulative_error": len(domain.cumulative_error)} for domain in domains]
+    rows = [{**vars(domain), "cumulative_error": len(domain.cumulative_error)} for domain in domains]
     curves = [value for domain in domains for value in domain.cumulative_error]
     return {"rows": rows, "curves": torch.tensor(curves, dtype=torch.float64)}
 

@@ -146,7 +146,9 @@ def started(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_answers_are_those_of_an_undisturbed_run(workspace: Path) -> None:
+    began = time.monotonic()
     assert online([*LONG, "out=whole"]) == 0
+    longest = (time.monotonic() - began) / MOMENTS  # so that they come to about half of the stream
     whole, answers = (workspace / "whole/predictions.csv").read_bytes(), workspace / "parts/predictions.csv"
     choose, ends, arguments = random.Random(0), [], [*LONG, "out=parts"]
     while len(ends) < MOMENTS:
@@ -155,7 +157,7 @@ def test_killed_at_random_moments_the_answers_are_those_of_an_undisturbed_run(wo
         process = started(arguments, workspace / "log")
         while process.poll() is None and (not answers.exists() or answers.stat().st_size == size):
             time.sleep(0.001)  # until the first answer, or, beyond a snapshot, the rows that are cut off
-        time.sleep(choose.uniform(0.0, 0.4))
+        time.sleep(choose.uniform(0.0, longest))
         process.send_signal(number)
         code = process.wait(timeout=60)
         ends.append(code)
