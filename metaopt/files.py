@@ -80,6 +80,29 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
     atomic_write_bytes(buffer.getvalue(), path)
 
 
+def remove_unfinished(path: str | os.PathLike[str]) -> None:
+    """Take away what writes of ``path`` left beside it where their process was killed; for no other is writing now."""
+    target = Path(path)
+    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+        with suppress(OSError):
+            leftover.unlink()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read '{path}' ({error.strerror or error}); give a file that can be read"
+        ) from error
+
+
 def safe_load(path: str | os.PathLike[str], *, checksums: bool = False) -> Any:
     """Load a file of ``torch.save`` on the CPU, without ever running code that it may hold.
 

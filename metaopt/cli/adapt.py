@@ -1,7 +1,5 @@
 """Adapt a model online, batch by batch, on a stream of shifted images: ``metaopt adapt --help``."""
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -9,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaopt.cli.assemble import (
@@ -20,75 +19,75 @@ from metaopt.cli.assemble import (
     unlabeled_images,
 )
 from metaopt.cli.command import resolve_device, run_command
+from metaopt.cli.go_on import with_those_of_the_run
+from metaopt.cli.run_folder import MEMORY, SUMMARY, RunFolder, saved_run
 from metaopt.cli.settings import OnlineSettings
-from metaopt.data import Batch
+from metaopt.cli.stop_signals import StoppedBySignal, stop_signals
+from metaopt.data import Batch, Stream
 from metaopt.evaluation import Monitor, closing_table, progress
-from metaopt.evaluation.error import confidences
 from metaopt.files import atomic_write_text, ensure_writable_folder
-from metaopt.online import OnlineAdapter, RunReport, run_stream
+from metaopt.online import OnlineAdapter, Progress, RunReport, Stopped, run_stream
 from metaopt.online.layers import COLUMNS, memory_rows, to_csv
 from metaopt.policy import AdaptationPolicy
 
 
-def run(settings: OnlineSettings) -> None:
+def run(settings: OnlineSettings, arguments: Sequence[str]) -> None:
     """Run one method over the stream, and write what it predicted and what that cost."""
-    device = resolve_device(settings.device)
+    saved, device = saved_run(settings), resolve_device(settings.device)
     policy = None if settings.policy_path is None else AdaptationPolicy.load(settings.policy_path)
     stream = settings.data.stream(settings.seed)
     out = ensure_writable_folder(settings.out)
-    model = load_model(settings.model, settings.source, device)
-    check_stream(stream, model, device)
-    if policy is not None:
-        policy = take_policy(policy, settings.transfer, model)
-    images = partial(unlabeled_images, settings, device)
-    method = assemble_method(settings.method, policy, model, images, settings.seed)
-    assert settings.memory is not None
-    adapter = OnlineAdapter(model, method, memory=settings.memory, budget_mib=settings.budget_mib)
-    predictions = Predictions()
-    batches = sum(-(-domain.size // settings.batch_size) for domain in stream)
-    with Monitor(out) as monitor, progress(batches, f"Adapting ({settings.method.name})") as bar:
-
-        def on_batch(domain: str, severity: float, batch: Batch, logits: Tensor) -> None:
-            predictions.add(domain, severity, batch, logits)
-            bar.update()
-
-        report = run_stream(
-            adapter,
-            stream,
-            setting=settings.setting,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            device=device,
-            monitor=monitor,
-            on_batch=on_batch,
-        )
-    atomic_write_text(predictions.text(), out / "predictions.csv")
-    atomic_write_text(to_csv(report.layers), out / "memory.csv")
-    atomic_write_text(json.dumps(summary(settings, report), indent=2) + "\n", out / "summary.json")
+    with RunFolder(settings, arguments, saved) as folder:
+        model = load_model(settings.model, settings.source, device)
+        check_stream(stream, model, device)
+        if policy is not None:
+            policy = take_policy(policy, settings.transfer, model)
+        images = partial(unlabeled_images, settings, device)
+        method = assemble_method(settings.method, policy, model, images, settings.seed)
+        assert settings.memory is not None
+        adapter = OnlineAdapter(model, method, memory=settings.memory, budget_mib=settings.budget_mib)
+        report = adapt(adapter, stream, settings, device, folder)
+    atomic_write_text(to_csv(report.layers), out / MEMORY)
+    atomic_write_text(json.dumps(summary(settings, report), indent=2) + "\n", out / SUMMARY)
     show(settings, report, out)
     if note := fairness_note(method, stream):
         print(note)
 
 
-class Predictions:
-    """Rows of ``predictions.csv``, in the order in which the images were met."""
+def adapt(
+    adapter: OnlineAdapter, stream: Stream, settings: OnlineSettings, device: torch.device, folder: RunFolder
+) -> RunReport:
+    """Answer the stream, or what is left of it.
 
-    def __init__(self) -> None:
-        self._file = io.StringIO()
-        self._rows = csv.writer(self._file, lineterminator="\n")
-        self._rows.writerow(["index", "domain", "severity", "prediction", "confidence", "label"])
+    Raises:
+        StoppedBySignal: after the batch in hand, with the state saved.
+    """
+    batches = sum(-(-domain.size // settings.batch_size) for domain in stream)
+    keeper = Progress(folder.save, settings.snapshot_every, folder.state)
+    with (
+        Monitor(folder.path, resume_step=folder.done + 1 if folder.state else 0) as monitor,
+        progress(batches, f"Adapting ({settings.method.name})", completed=folder.done) as bar,
+        stop_signals(keeper.stop) as signals,
+    ):
 
-    def add(self, domain: str, severity: float, batch: Batch, logits: Tensor) -> None:
-        """Take in one batch; a row of logits without a softmax has confidence 0."""
-        labels = [""] * len(batch.index) if batch.labels is None else batch.labels.tolist()
-        confidence = [f"{value:.6f}" for value in confidences(logits).tolist()]
-        columns = batch.index.tolist(), logits.argmax(dim=1).tolist(), confidence, labels
-        for index, prediction, sure, label in zip(*columns, strict=True):
-            self._rows.writerow([index, domain, f"{severity:g}", prediction, sure, label])
+        def on_batch(domain: str, severity: float, batch: Batch, logits: Tensor) -> None:
+            folder.answer(domain, severity, batch, logits)
+            bar.update()
 
-    def text(self) -> str:
-        """The file's content."""
-        return self._file.getvalue()
+        try:
+            return run_stream(
+                adapter,
+                stream,
+                setting=settings.setting,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                device=device,
+                monitor=monitor,
+                on_batch=on_batch,
+                progress=keeper,
+            )
+        except Stopped:
+            raise StoppedBySignal(signals[0], folder.how_to_go_on(bar.completed, batches)) from None
 
 
 def summary(settings: OnlineSettings, report: RunReport) -> dict[str, Any]:
@@ -127,7 +126,10 @@ def show(settings: OnlineSettings, report: RunReport, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command with these arguments; None: those of this process."""
-    return run_command(run, OnlineSettings, "online", argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(
+        lambda settings: run(settings, arguments), OnlineSettings, "online", arguments, with_those_of_the_run
+    )
 
 
 if __name__ == "__main__":

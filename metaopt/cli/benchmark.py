@@ -1,5 +1,6 @@
 """Run methods side by side on the same stream: ``metaopt benchmark --help``."""
 
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from metaopt.files import ensure_writable_folder
 from metaopt.online import OnlineAdapter, run_stream
 from metaopt.online.benchmark import Arm, Key, Results, arms
 from metaopt.policy import AdaptationPolicy
+
+_LOG = logging.getLogger(__name__)
 
 
 def run(settings: BenchmarkSettings) -> None:
@@ -102,8 +105,12 @@ def draw(results: Results, title: str, out: Path) -> None:
     with Monitor(out) as monitor:
         monitor.figure("benchmark/error_against_held", picture, 0)
     path = out / "error_against_held.png"
-    picture.savefig(path, dpi=150)
-    print(f"error against MiB held: {path}")
+    try:
+        picture.savefig(path, dpi=150)
+    except OSError as error:  # the rows are what counts, and they are written
+        _LOG.warning("cannot write '%s' (%s); the benchmark goes on without it", path, error.strerror or error)
+    else:
+        print(f"error against MiB held: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

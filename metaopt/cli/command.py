@@ -2,18 +2,21 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from metaopt.cli.compose import compose, help_text
+from metaopt.cli.stop_signals import StoppedBySignal
 from metaopt.errors import ConfigError, MetaoptError
 
 T = TypeVar("T")
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_SIGNAL = 128
 PROGRAMS = {
     "meta_train": "metaopt meta-train",
     "online": "metaopt adapt",
@@ -25,7 +28,13 @@ PROGRAMS = {
 """How each command is called, by the name of its YAML file."""
 
 
-def run_command(main: Callable[[T], None], schema: type[T], config_name: str, argv: Sequence[str] | None = None) -> int:
+def run_command(
+    main: Callable[[T], None],
+    schema: type[T],
+    config_name: str,
+    argv: Sequence[str] | None = None,
+    completed: Callable[[Sequence[str]], list[str]] = list,
+) -> int:
     """Run ``main`` on the settings in ``argv`` and return the exit code.
 
     Args:
@@ -33,9 +42,11 @@ def run_command(main: Callable[[T], None], schema: type[T], config_name: str, ar
         schema: class of its settings, from :mod:`metaopt.cli.settings`.
         config_name: of its YAML file at the top of ``configs/``.
         argv: arguments without the program's name; None: those of this process.
+        completed: the arguments that the given ones stand for.
 
     Returns:
-        0; 2 after a :class:`~metaopt.errors.MetaoptError`, told in one line on stderr; 130 after Ctrl-C.
+        0; 2 after a :class:`~metaopt.errors.MetaoptError`, told in one line on stderr; 130 after Ctrl-C; 128 and the
+        signal's number where ``main`` says that one stopped it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -44,10 +55,14 @@ def run_command(main: Callable[[T], None], schema: type[T], config_name: str, ar
             usage = f"usage: {PROGRAMS[config_name]} [--policy CKPT] [key=value ...]"
             print(usage, help_text(schema, config_name, overrides), sep="\n\n")
         else:
-            main(compose(schema, config_name, arguments))
+            main(compose(schema, config_name, completed(arguments)))
     except MetaoptError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return EXIT_ERROR
+    except StoppedBySignal as stop:
+        with suppress(OSError):  # the terminal may be what is gone
+            print(stop, file=sys.stderr, flush=True)
+        return EXIT_SIGNAL + stop.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

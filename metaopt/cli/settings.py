@@ -116,11 +116,14 @@ class OnlineSettings(Common):
     budget_mib: float | None = None  # bound on what is held for backward
     seed: int = 0
     out: PathSetting = "runs/online"
+    snapshot_every: int = 200  # batches from one saved state to the next, to resume from; 0: only when stopped
+    resume: PathSetting | None = None  # folder of a run that was stopped: it goes on, with the settings that it had
 
     def __post_init__(self) -> None:
         """Check each value and what they need of one another."""
         super().__post_init__()
         check_one_of("setting", self.setting, SETTINGS)
+        check_range("snapshot_every", self.snapshot_every, 0, example="200")
         self.memory = check_memory(self.memory, self.budget_mib)
         check_range("batch_size", self.batch_size, 1, example="64")
         check_range("seed", self.seed, 0, example="0")

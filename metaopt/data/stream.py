@@ -42,11 +42,20 @@ class Batch:
     index: Tensor  # (B,) int64 on the CPU: position of each image in its domain
 
 
-def batches(domain: Domain, batch_size: int = 64, device: torch.device | str = "cpu", seed: int = 0) -> Iterator[Batch]:
+def batches(
+    domain: Domain, batch_size: int = 64, device: torch.device | str = "cpu", seed: int = 0, skip: int = 0
+) -> Iterator[Batch]:
     """The domain's images in a seeded random order, the short last batch included.
 
     The order depends on the seed and the number of images alone, so every method and every domain of that size meets
     the same one.
+
+    Args:
+        domain: the images.
+        batch_size: images a batch.
+        device: of the batches.
+        seed: of the order.
+        skip: batches at the beginning that are left out; no image of theirs is touched.
 
     Raises:
         DataError: the batch size is below 1.
@@ -55,7 +64,7 @@ def batches(domain: Domain, batch_size: int = 64, device: torch.device | str = "
         raise DataError(f"batch_size is {batch_size}: at least 1 image a batch is needed; raise it")
     data = domain.images
     order = torch.randperm(len(data), generator=generator_for(seed, "order"))
-    for index in order.split(batch_size):
+    for index in order.split(batch_size)[skip:]:
         labels = None if data.labels is None else data.labels[index].to(device)
         yield Batch(to_float(data.images[index], device), labels, index)
 

@@ -1,6 +1,8 @@
 """Error and expected calibration error (ECE) of one domain of a stream, batch by batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +79,26 @@ class DomainScore:
         if not self.cumulative_error:
             return DomainResult(None, None, self.images)
         return DomainResult(self.cumulative_error[-1], 100.0 * float(self._calibration.compute()), self.images)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that another score of as many classes needs to go on: tensors and primitives."""
+        nothing = torch.empty(0)
+        return {
+            "images": self.images,
+            "wrong": self._wrong,
+            "labelled": self._labelled,
+            "cumulative_error": torch.tensor(self.cumulative_error, dtype=torch.float64),
+            "confidences": torch.cat([nothing.double(), *self._calibration.confidences]),
+            "hits": torch.cat([nothing.byte(), *(hits.byte() for hits in self._calibration.accuracies)]),
+        }
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.images, self._wrong, self._labelled = values["images"], values["wrong"], values["labelled"]
+        self.cumulative_error = values["cumulative_error"].tolist()
+        self._calibration.reset()
+        if len(values["hits"]):
+            self._calibration.update(values["confidences"], values["hits"].long())
 
     def _checked(self, labels: Tensor, count: int) -> Tensor:
         if labels.shape != (count,):

@@ -3,9 +3,10 @@
 import logging
 import math
 import os
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ LAYOUT = {group: {chart: ["Multiline", tags] for chart, tags in charts.items()} 
 
 _EVENT_PREFIX = "events.out.tfevents."
 
+_LOG = logging.getLogger(__name__)
+
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
@@ -67,6 +70,20 @@ def _quiet_reading() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _mute_writer_threads() -> None:
+    """TensorBoard writes in a thread, whose errors Python would print; the caller of the writer is told of them too."""
+    report = threading.excepthook
+    if getattr(report, "mutes_tensorboard", False):
+        return
+
+    def excepthook(arguments: threading.ExceptHookArgs, /) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            report(arguments)
+
+    excepthook.mutes_tensorboard = True  # pyright: ignore[reportFunctionMemberAccess]
+    threading.excepthook = excepthook
+
+
 def _wait_for_later_file_name(folder: Path) -> None:
     """Event files are read in the order of their names, which begin with the second they were made in."""
     made = (path.name.removeprefix(_EVENT_PREFIX).split(".")[0] for path in folder.glob(f"{_EVENT_PREFIX}*"))
@@ -76,6 +93,9 @@ def _wait_for_later_file_name(folder: Path) -> None:
 
 class Monitor:
     """Writes a run's curves where TensorBoard finds them; with no folder it takes everything and does nothing.
+
+    What cannot be written, on a full disk or in a folder that is gone, never stops the run: the log says so once, and
+    the run goes on without curves.
 
     Args:
         folder: of the event files, made when missing; None for a monitor that writes nothing.
@@ -91,18 +111,21 @@ class Monitor:
         self._writer: SummaryWriter | None = None
         if self.folder is not None:
             _wait_for_later_file_name(self.folder)
+            _mute_writer_threads()
             with _quiet_import():
                 # What draws, too: an interrupt while a library in C loads can end the process without being told of.
                 import matplotlib.backends.backend_agg  # noqa: F401
                 from torch.utils import tensorboard
 
+            with self._writing(), _quiet_import():
                 self._writer = tensorboard.SummaryWriter(str(self.folder), purge_step=resume_step, flush_secs=10)
-            self._writer.add_custom_scalars(LAYOUT)
+            self._write(lambda writer: writer.add_custom_scalars(LAYOUT))
 
     def scalar(self, tag: str, value: Any, step: int) -> None:
         """One point of a curve; ``value`` is a number or a tensor of one element."""
         if self._writer is not None:
-            self._writer.add_scalar(tag, float(value), step)
+            number = float(value)
+            self._write(lambda writer: writer.add_scalar(tag, number, step))
 
     def figure(self, tag: str, figure: "Figure", step: int) -> None:
         """A matplotlib figure, drawn as an image."""
@@ -113,18 +136,32 @@ class Monitor:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]  # (H, W, 3), uint8
-        self._writer.add_image(tag, pixels, step, dataformats="HWC")
+        self._write(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
 
     def flush(self) -> None:
         """Bring what was written so far to the disk."""
-        if self._writer is not None:
-            self._writer.flush()
+        self._write(lambda writer: writer.flush())
 
     def close(self) -> None:
         """Flush and close; what comes afterwards is ignored."""
+        self._write(lambda writer: writer.close())
+        self._writer = None
+
+    def _write(self, act: "Callable[[SummaryWriter], None]") -> None:
+        """Let the writer act, if there is still one."""
         if self._writer is not None:
-            self._writer.close()
+            with self._writing():
+                act(self._writer)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside it, an error of the writer ends the curves and not the run."""
+        try:
+            yield
+        except Exception as error:  # where TensorFlow is installed, its file errors are no OSErrors
             self._writer = None
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            _LOG.warning("cannot write curves in '%s' (%s); the run goes on without them", self.folder, reason)
 
     def __enter__(self) -> "Monitor":
         """The monitor itself."""

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def closing_table(
 class ProgressBar:
     """A bar with the latest loss and the time left; outside a terminal, a line every few seconds instead.
 
-    Use it as a context and call :meth:`update` after each piece of work.
+    Use it as a context and call :meth:`update` after each piece of work. A terminal that is gone stops nothing.
 
     Args:
         total: number of pieces.
@@ -99,7 +100,8 @@ class ProgressBar:
     def __exit__(self, *exception: Any) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
             self._bar = None
 
     def update(self, loss: Any = None, *, advance: int = 1) -> None:
@@ -115,10 +117,11 @@ class ProgressBar:
         if loss is not None:
             self.loss = float(loss)
         shown = "" if self.loss is None else f" loss {self.loss:.4f}"
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.completed, loss=shown.lstrip())
-        else:
-            self._print_line_when_due(shown)
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=self.completed, loss=shown.lstrip())
+            else:
+                self._print_line_when_due(shown)
 
     def _print_line_when_due(self, shown: str) -> None:
         now = time.monotonic()

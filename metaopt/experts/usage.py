@@ -1,6 +1,6 @@
 """Which experts are used on which domain: mean weights, for curves and figures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,14 @@ class ExpertUsage:
 
         return record
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted so far: tensors and primitives."""
+        return {"sums": _copied(self._sums), "tokens": _copied(self._tokens)}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Go on counting where :meth:`state_dict` was taken."""
+        self._sums, self._tokens = _copied(values["sums"]), _copied(values["tokens"])
+
     def weights(self, domain: str) -> dict[str, Tensor]:
         """Mean weight of each expert over the domain's tokens, (E,) for each site.
 
@@ -94,6 +102,10 @@ class ExpertUsage:
         axes.set_title("Mean weight of each expert")
         figure.colorbar(image)
         return figure
+
+
+def _copied(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {domain: dict(own) for domain, own in values.items()}
 
 
 def expert_names(experts: Experts) -> list[str]:

@@ -36,6 +36,39 @@ class Adaptation(NamedTuple):
     seed: int  # of augmented views
 
 
+def adaptation_to_dict(adaptation: Adaptation, policy: AdaptationPolicy) -> dict[str, Any]:
+    """Tensors and primitives, copied, and what tells the policy that it is of, as the adapter runs it."""
+    return {
+        "method": policy.method,
+        "policy": policy_sha256(policy),
+        "parameters": {name: tensor.detach().clone() for name, tensor in adaptation.parameters.items()},
+        "state": state_to_dict(adaptation.state),
+        "steps": adaptation.steps,
+        "updates": adaptation.updates,
+        "waiting": torch.empty(0) if adaptation.waiting is None else adaptation.waiting.clone(),
+        "seed": adaptation.seed,
+        "events": dict(adaptation.events),
+    }
+
+
+def adaptation_from_dict(
+    values: Mapping[str, Any], policy: AdaptationPolicy, like: Parameters, classes: int
+) -> Adaptation:
+    """Inverse of :func:`adaptation_to_dict`, for the policy as the adapter runs it.
+
+    Args:
+        values: what it gave.
+        policy: the adapter's.
+        like: the adapted tensors of the model, whose names, shapes, type and device those of the file get.
+        classes: C of the model.
+
+    Raises:
+        Exception: of nearly any kind, with the reason: values of another model or policy, or that no stream leads to.
+    """
+    _check_values(values)
+    return _fitting(values, policy, like, classes)
+
+
 def write_adaptation(path: str | Path, adaptation: Adaptation, policy: AdaptationPolicy, source: str) -> None:
     """Write it atomically.
 
@@ -48,21 +81,8 @@ def write_adaptation(path: str | Path, adaptation: Adaptation, policy: Adaptatio
     Raises:
         OutputError: the file cannot be written.
     """
-    values: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "method": policy.method,
-        "policy": policy_sha256(policy),
-        "source": source,
-        "parameters": {name: tensor.detach().clone() for name, tensor in adaptation.parameters.items()},
-        "state": state_to_dict(adaptation.state),
-        "steps": adaptation.steps,
-        "updates": adaptation.updates,
-        "waiting": torch.empty(0) if adaptation.waiting is None else adaptation.waiting,
-        "seed": adaptation.seed,
-        "events": dict(adaptation.events),
-    }
-    atomic_save(values, path)
+    values = adaptation_to_dict(adaptation, policy)
+    atomic_save({"format": FORMAT, "version": VERSION, "source": source, **values}, path)
 
 
 def read_adaptation(
@@ -96,10 +116,12 @@ def read_adaptation(
         )
     try:
         _check_values(values)
+        if not isinstance(values["source"], str):
+            raise ValueError(f"its source is {values['source']!r:.80}, no text")
     except Exception as error:  # values of any type can raise nearly anything
         raise CheckpointError(f"'{path}' is damaged ({_reason(error)}); adapt again and save it") from error
     try:
-        return _fitting(values, policy, source, like, classes)
+        return _fitting(values, policy, like, classes, source)
     except Exception as error:
         raise CheckpointError(
             f"'{path}' does not fit this adapter ({_reason(error)}); load it beside the model and method that wrote it"
@@ -108,7 +130,7 @@ def read_adaptation(
 
 def _check_values(values: Mapping[str, Any]) -> None:
     """Refuse what no adapter writes, whatever its model and method."""
-    for key in ("method", "policy", "source"):
+    for key in ("method", "policy"):
         if not isinstance(values[key], str):
             raise ValueError(f"its {key} is {values[key]!r:.80}, no text")
     if not isinstance(values["parameters"], dict) or not isinstance(values["state"], dict):
@@ -139,13 +161,13 @@ def _check_tensor(name: Any, tensor: Any) -> None:
 
 
 def _fitting(
-    values: Mapping[str, Any], policy: AdaptationPolicy, source: str, like: Parameters, classes: int
+    values: Mapping[str, Any], policy: AdaptationPolicy, like: Parameters, classes: int, source: str | None = None
 ) -> Adaptation:
     """The adaptation, once it is known to be of this model and policy."""
     parameters: Parameters = values["parameters"]
     if {name: tensor.shape for name, tensor in parameters.items()} != {n: own.shape for n, own in like.items()}:
         raise ValueError("its parameters are of another model")
-    if values["source"] != source:
+    if source is not None and values["source"] != source:
         raise ValueError("it is of a model with other weights")
     if values["method"] != policy.method:
         raise ValueError(f"it is of method {values['method']!r:.80}, not {policy.method!r}")

@@ -2,12 +2,13 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,13 @@ from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
 from metaopt.errors import check_kind
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.models import SourceModel
-from metaopt.online.adaptation_file import Adaptation, read_adaptation, write_adaptation
+from metaopt.online.adaptation_file import (
+    Adaptation,
+    adaptation_from_dict,
+    adaptation_to_dict,
+    read_adaptation,
+    write_adaptation,
+)
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.gathering import WAITING, Gathering
 from metaopt.online.incoming import as_images, intact_images
@@ -267,10 +274,6 @@ class OnlineAdapter:
         with self._lock:
             write_adaptation(path, self._adaptation(), self.policy, self.model.weights_sha256())
 
-    def _adaptation(self) -> Adaptation:
-        waiting, seed = self.gathering.waiting, self.policy.seed
-        return Adaptation(self.parameters, self.state, self.steps, self.updates, self.events, waiting, seed)
-
     def load(self, path: str | Path) -> None:
         """Go on from where :meth:`save` was called, bit for bit.
 
@@ -278,7 +281,26 @@ class OnlineAdapter:
             CheckpointError: the file is missing or damaged, or of another model, method or policy; nothing has changed.
         """
         classes = self.source.num_classes
-        found = read_adaptation(path, self.policy, self.model.weights_sha256(), self.parameters, classes)
+        self._go_on(read_adaptation(path, self.policy, self.model.weights_sha256(), self.parameters, classes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adaptation so far as tensors and primitives, copied; that it is of this network stays to be known."""
+        with self._lock:
+            return adaptation_to_dict(self._adaptation(), self.policy)
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken, bit for bit.
+
+        Raises:
+            Exception: of nearly any kind, with the reason: the values do not fit; nothing has changed.
+        """
+        self._go_on(adaptation_from_dict(values, self.policy, self.parameters, self.source.num_classes))
+
+    def _adaptation(self) -> Adaptation:
+        waiting, seed = self.gathering.waiting, self.policy.seed
+        return Adaptation(self.parameters, self.state, self.steps, self.updates, self.events, waiting, seed)
+
+    def _go_on(self, found: Adaptation) -> None:
         with self._lock:
             self.parameters = {name: tensor.requires_grad_() for name, tensor in found.parameters.items()}
             self.state, self.steps, self.updates = found.state, found.steps, found.updates

@@ -3,11 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from metaopt.activation_memory import Precision
+from metaopt.activation_memory import LayerRecord, Precision
 from metaopt.activation_memory.importance import learning_layers
 from metaopt.evaluation import Monitor
 from metaopt.experts import ExpertUsage
@@ -45,6 +46,26 @@ class Decisions:
         if self.usage is not None:
             for name, weight in self.usage.by_expert(adapter.model, domain).items():
                 monitor.scalar(f"policy/expert_usage/{name}", weight, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided so far, the latest step's layers included: tensors and primitives."""
+        return {
+            "totals": {domain: dict(own) for domain, own in self._totals.items()},
+            "counts": {domain: dict(own) for domain, own in self._counts.items()},
+            "layers": [asdict(record) for record in self.adapter.memory.layers],
+            "usage": None if self.usage is None else self.usage.state_dict(),
+        }
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        for domain, own in values["totals"].items():
+            self._totals[domain].update(own)
+            self._counts[domain].update(values["counts"][domain])
+        self.adapter.memory.layers = self._seen = [
+            LayerRecord(**{**record, "precision": Precision(**record["precision"])}) for record in values["layers"]
+        ]
+        if self.usage is not None:
+            self.usage.load_state_dict(values["usage"])
 
     def _count(self, domain: str) -> None:
         learning = learning_layers(self.adapter.parameters)

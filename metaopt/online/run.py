@@ -2,99 +2,22 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from metaopt.data import Batch, Domain, Stream, batches
-from metaopt.errors import DataError, check_one_of
-from metaopt.evaluation import DomainScore, MemoryMeter, Monitor, Stopwatch, state_mib
+from metaopt.data import Batch, Stream, batches
+from metaopt.errors import CheckpointError, DataError, check_one_of
+from metaopt.evaluation import DomainScore, Monitor, state_mib
 from metaopt.online.adapter import OnlineAdapter
 from metaopt.online.decisions import Decisions
-from metaopt.online.layers import LayerMemory, layer_memory
+from metaopt.online.gauges import Gauges
+from metaopt.online.progress import Progress, RunState, check_same, fingerprint, last_seen
+from metaopt.online.report import DomainReport, RunReport, domain_report, domains_from_dict, domains_to_dict
 
 SETTINGS = ("reset", "continual")
-FORWARDS_TIMED = 10  # plain forward passes that a run times beside its steps
-METER_EVERY = 20  # batches: a metered step takes up to 1.4 times as long as another, so that this costs 2 % at most
-
-
-@dataclass
-class DomainReport:
-    """One domain's score; errors in percent, None without labels."""
-
-    name: str
-    severity: float
-    images: int
-    error: float | None
-    ece: float | None
-    cumulative_error: list[float] = field(default_factory=list)  # after each batch
-    number: int = 1  # of the pass through the stream
-
-
-@dataclass
-class RunReport:
-    """What a run over a stream gives; times in milliseconds, memory in MiB, errors in percent."""
-
-    domains: list[DomainReport]
-    held_mib: float
-    state_mib: float
-    cuda_peak_mib: float | None
-    step_ms_p50: float | None
-    step_ms_p99: float | None
-    forward_ms_p50: float | None
-    ratio_to_forward: float | None  # of the medians
-    mean_ratio_to_forward: float | None  # of the means, where some steps update and others do not
-    updates: int
-    guard_events: dict[str, int]
-    layers: list[LayerMemory] = field(default_factory=list)  # of the metered step
-
-    @property
-    def images(self) -> int:
-        """Number of images met."""
-        return sum(domain.images for domain in self.domains)
-
-    @property
-    def mean_error(self) -> float | None:
-        """Mean over the domains."""
-        return _mean([domain.error for domain in self.domains])
-
-    @property
-    def mean_ece(self) -> float | None:
-        """Mean over the domains."""
-        return _mean([domain.ece for domain in self.domains])
-
-    @property
-    def pass_errors(self) -> list[float | None]:
-        """Mean over the domains of each pass through the stream."""
-        last = max((domain.number for domain in self.domains), default=0)
-        return [_mean([d.error for d in self.domains if d.number == number]) for number in range(1, last + 1)]
-
-    def summary(self) -> dict[str, Any]:
-        """The fields of ``summary.json`` that a run knows."""
-        return {
-            "images": self.images,
-            "mean_error": self.mean_error,
-            "mean_ece": self.mean_ece,
-            "pass_errors": self.pass_errors,
-            "held_mib": self.held_mib,
-            "state_mib": self.state_mib,
-            "cuda_peak_mib": self.cuda_peak_mib,
-            "step_ms_p50": self.step_ms_p50,
-            "step_ms_p99": self.step_ms_p99,
-            "forward_ms_p50": self.forward_ms_p50,
-            "ratio_to_forward": self.ratio_to_forward,
-            "mean_ratio_to_forward": self.mean_ratio_to_forward,
-            "updates": self.updates,
-            "guard_events": self.guard_events,
-            "domains": [
-                {"name": d.name, "severity": d.severity, "images": d.images, "error": d.error, "ece": d.ece}
-                for d in self.domains
-            ],
-        }
-
 
 BatchCallback = Callable[[str, float, Batch, Tensor], None]
 """Called after each batch with the domain's name and severity, the batch, and its logits (B, C)."""
@@ -110,6 +33,7 @@ def run_stream(
     device: torch.device | str = "cpu",
     monitor: Monitor | None = None,
     on_batch: BatchCallback | None = None,
+    progress: Progress | None = None,
 ) -> RunReport:
     """Adapt over a stream, batch by batch.
 
@@ -122,112 +46,163 @@ def run_stream(
         device: of model and images.
         monitor: where curves go.
         on_batch: see ``BatchCallback``.
+        progress: saves the state of the run as it goes, and has the one that it goes on from, bit for bit: batches that
+            were answered before are skipped.
 
     Raises:
         ConfigError: an unknown setting.
         DataError: the stream is empty, or the batch size is below 1.
+        CheckpointError: the state to go on from is damaged, or of another model, method, stream or setting.
+        Stopped: ``progress`` was asked to stop.
     """
     check_one_of("setting", setting, SETTINGS)
     if not stream:
         raise DataError("the stream has 0 domains; at least one is needed: name data.corruptions")
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}: at least 1 image a batch is needed; raise it")
+    met = partial(batches, batch_size=batch_size, device=device, seed=seed)
     run = _Run(adapter, monitor or Monitor(None), torch.device(device), _batch_count(stream, batch_size))
     adapter.reset()
+    if progress is not None:
+        run.keep_by(progress, stream, met, {"setting": setting, "batch size": batch_size, "seed": seed})
     number = 0
-    for domain in stream:
+    for place, domain in enumerate(stream):
         number += domain is stream[0]
-        if setting == "reset":
-            run.collect_counts()
-            adapter.reset()
-        score = DomainScore(adapter.model.num_classes)
-        for batch in batches(domain, batch_size, device, seed):
+        if place < run.domain:  # met before the run was stopped
+            continue
+        if run.batch == 0:
+            run.begin_domain(reset=setting == "reset")
+        for batch in met(domain, skip=run.batch):
             with run.decisions.watching(domain.name):
                 logits = run.step(batch)
-            score.update(logits, batch.labels)
-            run.log(score, domain.name)
+            run.score.update(logits, batch.labels)
+            run.log(domain.name)
             if on_batch is not None:
                 on_batch(domain.name, domain.severity, batch, logits)
-        run.domains.append(_domain_report(domain, score, number))
+            run.end_batch(batch)
+        run.domains.append(domain_report(domain, run.score, number))
+        run.domain, run.batch = place + 1, 0
     run.collect_counts()
     run.decisions.show(run.steps)
     return run.report()
 
 
 class _Run:
-    """Clock, meter and counters of one run."""
+    """Place in the stream, clock, meter and counters of one run."""
 
     def __init__(self, adapter: OnlineAdapter, monitor: Monitor, device: torch.device, batch_count: int) -> None:
         self.adapter, self.monitor = adapter, monitor
-        self.watch = Stopwatch(device)
+        self.domain = self.batch = 0  # domains that are behind, and batches of the one in hand
+        self.score = DomainScore(adapter.model.num_classes)  # of that one
+        self.gauges = Gauges(adapter, device, batch_count)
         self.domains: list[DomainReport] = []
         self.guard_events: Counter[str] = Counter({name: 0 for name in adapter.events})
-        self.updates = self.steps = 0
-        self.held_mib = 0.0
-        self.cuda_peak_mib: float | None = None
-        self.layers: list[LayerMemory] = []
-        self.metered_shape: tuple[int, ...] | None = None
-        self.metered_at = 0  # step
-        self.metered_update = False  # whether one of the metered steps updated
-        self.forward_every = max(1, batch_count // FORWARDS_TIMED)
+        self.updates = 0
+        self.batch_count = batch_count
         self.loss: Tensor | None = None
         self.decisions = Decisions(adapter, monitor)
+        self.progress: Progress | None = None
+        self.made_of: RunState = {}
+
+    @property
+    def steps(self) -> int:
+        """Batches met."""
+        return self.gauges.steps
+
+    def keep_by(
+        self, progress: Progress, stream: Stream, met: Callable[..., Iterator[Batch]], made_of: RunState
+    ) -> None:
+        """Let ``progress`` keep this run, and go on with the state that it has.
+
+        Args:
+            progress: keeps it.
+            stream: its domains.
+            met: gives the batches of a domain; ``skip`` leaves some out.
+            made_of: settings of the run by name, in which a state must agree.
+
+        Raises:
+            CheckpointError: the state is damaged or of another run.
+        """
+        self.progress = progress
+        self.made_of = {
+            "model": self.adapter.model.weights_sha256(),
+            "method": self.adapter.policy.method,
+            "memory": asdict(self.adapter.memory.config),
+            "stream": fingerprint(stream),
+            **made_of,
+        }
+        if progress.resume is None:
+            return
+        try:
+            check_same(self.made_of, progress.resume["made_of"])
+            self.load_state_dict(progress.resume)
+            there = last_seen(next(met(stream[self.domain], skip=self.batch - 1)))
+            then = progress.resume["last"]
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError, StopIteration) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise CheckpointError(f"the run to resume is damaged ({reason}); start a new run") from error
+        if there != then:
+            raise CheckpointError(
+                "the stream has other images than the run to resume met; allowed are the same ones: put them back, or "
+                "start a new run"
+            )
+
+    def begin_domain(self, reset: bool) -> None:
+        """A new score and, where asked, an adapter that is back at the source."""
+        if reset:
+            self.collect_counts()
+            self.adapter.reset()
+        self.score = DomainScore(self.adapter.model.num_classes)
+
+    def end_batch(self, batch: Batch) -> None:
+        """The batch is answered: save the run where it is time to."""
+        self.batch += 1
+        if self.progress is not None:
+            self.progress.after_batch(
+                self.steps, self.batch_count, lambda: {**self.state_dict(), "last": last_seen(batch)}
+            )
+
+    def state_dict(self) -> RunState:
+        """All that another run of the same stream needs to go on bit for bit, between two batches."""
+        return {
+            "made_of": self.made_of,
+            "domain": self.domain,
+            "batch": self.batch,
+            "updates": self.updates,
+            "events": dict(self.guard_events),
+            "adapter": self.adapter.state_dict(),
+            "score": self.score.state_dict(),
+            "domains": domains_to_dict(self.domains),
+            "decisions": self.decisions.state_dict(),
+            "gauges": self.gauges.state_dict(),
+        }
+
+    def load_state_dict(self, values: RunState) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.adapter.load_state_dict(values["adapter"])
+        self.score.load_state_dict(values["score"])
+        self.decisions.load_state_dict(values["decisions"])
+        self.domains = domains_from_dict(values["domains"])
+        self.domain, self.batch, self.updates = (int(values[name]) for name in ("domain", "batch", "updates"))
+        self.guard_events = Counter({name: int(values["events"][name]) for name in self.guard_events})
+        self.gauges.load_state_dict(values["gauges"])
 
     def step(self, batch: Batch) -> Tensor:
-        """Predict and adapt; steps are metered or timed, and short batches are neither.
-
-        Metered are the first batch of a new largest size, the first update on gathered ones, one in ``METER_EVERY``, for
-        what grows along the stream, and,
-        where a gate closed at all of those, the first that was updated on, by a look at its loss and gradient.
-        """
-        shape, adapter = tuple(batch.images.shape), self.adapter
-        largest = self.metered_shape is None or shape[0] > self.metered_shape[0]
-        if largest:
-            self.metered_shape, self.metered_update = shape, False
-            adapter.prepare(batch.images)  # its dry runs are neither timed nor metered
-        gathered = not self.metered_update and adapter.gathering.completed_by(batch.images)
-        if largest or gathered or self.steps - self.metered_at >= METER_EVERY:
-            with self.metered(batch.images):
-                output = adapter.step(batch.images)
-            self.metered_at, self.metered_update = self.steps, self.metered_update or output.updated
-        elif shape != self.metered_shape:
-            output = adapter.step(batch.images)
-        else:
-            with self.watch.step():
-                output = adapter.step(batch.images)
-        if shape == self.metered_shape and not largest:
-            if output.updated and not self.metered_update:
-                with self.metered(batch.images):
-                    adapter.look(batch.images)
-                self.metered_update = True
-            if self.steps % self.forward_every == 0:
-                with self.watch.forward():
-                    adapter.source(batch.images)
-        self.steps += 1
+        """Predict and adapt; logits (B, C)."""
+        output = self.gauges.step(batch.images)
         self.loss = output.loss
         self.monitor.scalar("online/entropy", _entropy(output.logits), self.steps)
         for name, signal in output.signals.items():
             self.monitor.scalar(f"online/{name}", signal, self.steps)
         return output.logits
 
-    @contextmanager
-    def metered(self, images: Tensor) -> Iterator[None]:
-        """Take in what is held inside."""
-        with MemoryMeter([*self.adapter.parameters.values(), images], model=self.adapter.model) as meter:
-            yield
-        if meter.peak_mib >= self.held_mib:
-            self.layers = layer_memory(self.adapter.memory.layers, meter.layers_mib)
-        self.held_mib = max(self.held_mib, meter.peak_mib)
-        if meter.cuda_peak_mib is not None:
-            self.cuda_peak_mib = max(meter.cuda_peak_mib, self.cuda_peak_mib or 0.0)
-
-    def log(self, score: DomainScore, domain: str) -> None:
+    def log(self, domain: str) -> None:
         """Curves of the latest step."""
-        if score.cumulative_error:
-            self.monitor.scalar("online/error", score.cumulative_error[-1], self.steps)
-        self.monitor.scalar("online/activation_mib", self.held_mib, self.steps)
-        if self.watch.step_ms:
-            self.monitor.scalar("online/step_ms", self.watch.step_ms[-1], self.steps)
+        if self.score.cumulative_error:
+            self.monitor.scalar("online/error", self.score.cumulative_error[-1], self.steps)
+        self.monitor.scalar("online/activation_mib", self.gauges.held_mib, self.steps)
+        if self.gauges.watch.step_ms:
+            self.monitor.scalar("online/step_ms", self.gauges.watch.step_ms[-1], self.steps)
         self.decisions.log(domain, self.steps)
         if self.loss is not None:
             self.monitor.scalar("online/loss", self.loss, self.steps)
@@ -241,12 +216,12 @@ class _Run:
 
     def report(self) -> RunReport:
         """The figures of the run."""
-        watch = self.watch
+        gauges, watch = self.gauges, self.gauges.watch
         return RunReport(
             domains=self.domains,
-            held_mib=self.held_mib,
+            held_mib=gauges.held_mib,
             state_mib=state_mib(self.adapter.state),
-            cuda_peak_mib=self.cuda_peak_mib,
+            cuda_peak_mib=gauges.cuda_peak_mib,
             step_ms_p50=watch.step_ms_p50,
             step_ms_p99=watch.step_ms_p99,
             forward_ms_p50=watch.forward_ms_p50,
@@ -254,13 +229,8 @@ class _Run:
             mean_ratio_to_forward=watch.mean_ratio_to_forward,
             updates=self.updates,
             guard_events=dict(self.guard_events),
-            layers=self.layers,
+            layers=gauges.layers,
         )
-
-
-def _domain_report(domain: Domain, score: DomainScore, number: int) -> DomainReport:
-    result, curve = score.result(), list(score.cumulative_error)
-    return DomainReport(domain.name, domain.severity, result.images, result.error, result.ece, curve, number)
 
 
 def _batch_count(stream: Stream, batch_size: int) -> int:
@@ -270,8 +240,3 @@ def _batch_count(stream: Stream, batch_size: int) -> int:
 def _entropy(logits: Tensor) -> Tensor:
     """Mean softmax entropy of a batch, nats."""
     return torch.special.entr(logits.softmax(dim=1)).sum(dim=1).mean()
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -209,3 +209,12 @@ def test_a_stopped_benchmark_keeps_its_rows(workspace: Path, monkeypatch: pytest
     monkeypatch.setattr(Results, "add", interrupted)
     assert benchmark(["methods=[bn,tent]", *TINY_STREAM, "out=out"]) == 130
     assert {row["method"] for row in table(workspace / "out/benchmark.csv")} == {"bn"}
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_benchmark(
+    workspace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (workspace / "out/error_against_held.png").mkdir(parents=True)
+    assert benchmark(["methods=[tent]", "budgets=[1]", *TINY_STREAM, "out=out"]) == 0
+    assert "cannot write 'out/error_against_held.png'" in caplog.text
+    assert len(table(workspace / "out/benchmark.csv")) == 2

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from metaopt.errors import DataError, OutputError
 from metaopt.evaluation import Monitor, curve_figure, read_scalars
 from metaopt.evaluation.monitor import LAYOUT
+
+from ..full_disk import file_size_limit
 
 
 def test_scalars_come_back(tmp_path: Path):
@@ -133,3 +136,30 @@ def test_a_monitor_makes_no_noise(tmp_path: Path):
         text=True,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("trouble", ["full", "gone"])
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "at the end"])
+def test_curves_that_cannot_be_written_stop_nothing_and_are_told_once(
+    tmp_path: Path, trouble: str, late: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs"
+    with Monitor(folder) as monitor:
+        monitor.flush()
+        if trouble == "gone":
+            shutil.rmtree(folder)
+        with file_size_limit(1024 if trouble == "full" else None):
+            for step in range(1 if late else 60):
+                monitor.scalar("a", 1.0, step)
+                monitor.figure("f", curve_figure([1.0], "t", "x", "y"), step) if step == 0 else None
+                None if late else monitor.flush()
+            monitor.close()
+    assert len(caplog.records) == 1
+    assert f"cannot write curves in '{folder}' (" in caplog.text and "the run goes on without them" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_run_whose_curves_cannot_even_be_begun_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with file_size_limit(0), Monitor(tmp_path) as monitor:
+        monitor.scalar("a", 1.0, 0)
+    assert len(caplog.records) == 1 and "cannot write curves" in caplog.text

@@ -93,3 +93,29 @@ def test_progress_passes_its_options_on(capsys: pytest.CaptureFixture[str]):
         quiet.update()
         bar.update()
     assert capsys.readouterr().err == "Run 3/3\n"
+
+
+class Closed(io.StringIO):
+    """A screen that can be closed under its user."""
+
+    open = True
+
+    def write(self, text: str) -> int:
+        if not self.open:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+
+class ClosedTerminal(Closed, Terminal):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of rich's thread that draws
+@pytest.mark.parametrize("kind", [Closed, ClosedTerminal])
+def test_a_screen_that_is_gone_stops_no_work(kind: type[Closed]):
+    screen = kind()
+    with ProgressBar(3, "Run", seconds_between_lines=0.0, file=screen) as bar:
+        screen.open = False
+        for _ in range(3):
+            bar.update()
+    assert bar.completed == 3

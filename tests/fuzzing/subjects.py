@@ -100,7 +100,7 @@ def read_adaptation(folder: Path) -> None:
     """An adapter that goes on."""
     reading = adapter()
     reading.load(folder / "stream.pt")
-    assert reading.steps >= 0 and all(type(count) is int and count >= 0 for count in reading.guard.events.values())
+    assert reading.steps >= 0 and all(type(count) is int and count >= 0 for count in reading.events.values())
     assert all(map(finite, reading.parameters.values()))
     reading(random_images(4))  # finite numbers may still be too large to compute with: the guard's matter
 

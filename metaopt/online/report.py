@@ -1,0 +1,113 @@
+"""What a run over a stream gives: scores of its domains, memory, times and counts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from metaopt.data import Domain
+from metaopt.evaluation import DomainScore
+from metaopt.online.layers import LayerMemory
+
+
+@dataclass
+class DomainReport:
+    """One domain's score; errors in percent, None without labels."""
+
+    name: str
+    severity: float
+    images: int
+    error: float | None
+    ece: float | None
+    cumulative_error: list[float] = field(default_factory=list)  # after each batch
+    number: int = 1  # of the pass through the stream
+
+
+@dataclass
+class RunReport:
+    """What a run over a stream gives; times in milliseconds, memory in MiB, errors in percent."""
+
+    domains: list[DomainReport]
+    held_mib: float
+    state_mib: float
+    cuda_peak_mib: float | None
+    step_ms_p50: float | None
+    step_ms_p99: float | None
+    forward_ms_p50: float | None
+    ratio_to_forward: float | None  # of the medians
+    mean_ratio_to_forward: float | None  # of the means, where some steps update and others do not
+    updates: int
+    guard_events: dict[str, int]
+    layers: list[LayerMemory] = field(default_factory=list)  # of the metered step
+
+    @property
+    def images(self) -> int:
+        """Number of images met."""
+        return sum(domain.images for domain in self.domains)
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean over the domains."""
+        return _mean([domain.error for domain in self.domains])
+
+    @property
+    def mean_ece(self) -> float | None:
+        """Mean over the domains."""
+        return _mean([domain.ece for domain in self.domains])
+
+    @property
+    def pass_errors(self) -> list[float | None]:
+        """Mean over the domains of each pass through the stream."""
+        last = max((domain.number for domain in self.domains), default=0)
+        return [_mean([d.error for d in self.domains if d.number == number]) for number in range(1, last + 1)]
+
+    def summary(self) -> dict[str, Any]:
+        """The fields of ``summary.json`` that a run knows."""
+        return {
+            "images": self.images,
+            "mean_error": self.mean_error,
+            "mean_ece": self.mean_ece,
+            "pass_errors": self.pass_errors,
+            "held_mib": self.held_mib,
+            "state_mib": self.state_mib,
+            "cuda_peak_mib": self.cuda_peak_mib,
+            "step_ms_p50": self.step_ms_p50,
+            "step_ms_p99": self.step_ms_p99,
+            "forward_ms_p50": self.forward_ms_p50,
+            "ratio_to_forward": self.ratio_to_forward,
+            "mean_ratio_to_forward": self.mean_ratio_to_forward,
+            "updates": self.updates,
+            "guard_events": self.guard_events,
+            "domains": [
+                {"name": d.name, "severity": d.severity, "images": d.images, "error": d.error, "ece": d.ece}
+                for d in self.domains
+            ],
+        }
+
+
+def domain_report(domain: Domain, score: DomainScore, number: int) -> DomainReport:
+    """The report of a domain that has been met in the pass of that number."""
+    result, curve = score.result(), list(score.cumulative_error)
+    return DomainReport(domain.name, domain.severity, result.images, result.error, result.ece, curve, number)
+
+
+def domains_to_dict(domains: Sequence[DomainReport]) -> dict[str, Any]:
+    """Reports as tensors and primitives; the errors after each batch, which are many, as one tensor."""
+    rows = [{**vars(domain), "cumulative_error": len(domain.cumulative_error)} for domain in domains]
+    curves = [value for domain in domains for value in domain.cumulative_error]
+    return {"rows": rows, "curves": torch.tensor(curves, dtype=torch.float64)}
+
+
+def domains_from_dict(values: Mapping[str, Any]) -> list[DomainReport]:
+    """Inverse of :func:`domains_to_dict`."""
+    curves = values["curves"].split([row["cumulative_error"] for row in values["rows"]])
+    return [
+        DomainReport(**{**row, "cumulative_error": curve.tolist()})
+        for row, curve in zip(values["rows"], curves, strict=True)
+    ]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
