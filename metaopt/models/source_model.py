@@ -19,7 +19,7 @@ from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
 from metaopt.models.source_prior import SourcePrior
 from metaopt.models.spec import CUSTOM_PREFIX, ModelSpec, triple
-from metaopt.types import ForwardOutput
+from metaopt.types import HALF, ForwardOutput
 
 
 class SourceModel(nn.Module):
@@ -111,23 +111,25 @@ class SourceModel(nn.Module):
         """Logits, and each block's features where asked.
 
         Args:
-            images: (B, 3, H, W), floating, in [0, 1].
+            images: (B, 3, H, W), floating, in [0, 1]; brought to the network's type.
             batch_statistics: BatchNorm layers normalise by this batch instead of by their running buffers, which stay
-                untouched in either case.
+                untouched in either case. A layer that has one value for each channel of a single image goes on with its
+                buffers.
             features: also give each block's output, pooled to (B, D_l).
             prior: with batch statistics, for how many images the source's count beside them
                 (`metaopt.models.source_prior`): one number for all BatchNorm layers, (), or one for each, (L,).
 
         Raises:
-            DataError: the images' shape does not fit the model.
+            DataError: the images' shape does not fit the model; or a layer without running buffers gets one value for
+                each channel.
             ModelError: features are asked of a model without blocks, or a block did not run; or the prior has another
                 number of layers.
         """
         self._check_shape(images)
-        inputs = (images - self.mean) / self.std
+        inputs = ((images - self.mean) / self.std).to(self.mean.dtype)  # the same tensor where types agree
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with _batch_statistics(self.module, batch_statistics, prior):
+        with _single_values_refused(self.module), _batch_statistics(self.module, batch_statistics, prior, inputs):
             if not features:
                 return ForwardOutput(_logits(self.module(inputs)))
             with self._recorded_features(images.shape[0]) as recorded:
@@ -172,23 +174,24 @@ class SourceModel(nn.Module):
 
 
 @contextmanager
-def _batch_statistics(module: nn.Module, enabled: bool, prior: Tensor | None) -> Iterator[None]:
-    """BatchNorm layers inside normalise by the batch, and with a prior, by the source too.
+def _batch_statistics(module: nn.Module, enabled: bool, prior: Tensor | None, inputs: Tensor) -> Iterator[None]:
+    """BatchNorm layers inside normalise by the batch ``inputs``, and with a prior, by the source too.
 
     In ``eval()`` and without running buffers torch takes the batch's statistics. So the buffers are out of the way for
-    the duration, which also guards them from NaN batches, and come back in any case.
+    the duration, which also guards them from NaN batches, and come back in any case. Of a single image layers may need
+    them, and in half precision torch would round what it takes.
     """
     layers = [layer for layer in module.modules() if enabled and isinstance(layer, _BatchNorm)]
-    saved = [(layer.running_mean, layer.running_var) for layer in layers]
     if layers and any(getattr(part, "grad_checkpointing", False) for part in module.modules()):
         raise ModelError(
             f"{type(module).__name__} has grad_checkpointing on, whose recomputation would miss the batch statistics; "
             "allowed is off with BatchNorm: call set_grad_checkpointing(False)"
         )
-    if layers and prior is not None:
+    if layers and (prior is not None or len(inputs) == 1 or inputs.dtype in HALF):
         with SourcePrior(module, prior):
             yield
         return
+    saved = [(layer.running_mean, layer.running_var) for layer in layers]
     try:
         for layer in layers:
             layer.running_mean = layer.running_var = None
@@ -196,6 +199,20 @@ def _batch_statistics(module: nn.Module, enabled: bool, prior: Tensor | None) ->
     finally:
         for layer, (mean, var) in zip(layers, saved, strict=True):
             layer.running_mean, layer.running_var = mean, var
+
+
+@contextmanager
+def _single_values_refused(module: nn.Module) -> Iterator[None]:
+    """What torch says of one value a channel, as an error of one line: layers without running buffers know no other."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise DataError(
+            f"a batch of 1 image gives a BatchNorm layer of {type(module).__name__} one value for each channel, and it "
+            "has no running statistics to take instead; allowed are 2 images or more: give larger batches"
+        ) from error
 
 
 def _logits(output: Any) -> Tensor:

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from metaopt.errors import ModelError
+from metaopt.types import widened
 
 
 def prior_layers(module: nn.Module) -> list[str]:
@@ -39,24 +40,28 @@ def prior_layers(module: nn.Module) -> list[str]:
 class SourcePrior(TorchFunctionMode):
     """Within it, BatchNorm layers of ``module`` normalise by the mixture; their buffers stay untouched.
 
+    A layer that a batch gives one value for each channel (a single image, behind the pooling) has no spread to go by, and
+    takes the source's statistics. Statistics and affine tensors are float32 at least, whatever the maps' type.
+
     Args:
         module: the network, in ``eval()``.
-        counts: N of each layer of :func:`prior_layers`, (L,), at least 0; or one for all, ().
+        counts: N of each layer of :func:`prior_layers`, (L,), at least 0; or one for all, (); None: the batch alone.
 
     Raises:
         ModelError: another number of counts than the module has such layers.
     """
 
-    def __init__(self, module: nn.Module, counts: Tensor) -> None:
+    def __init__(self, module: nn.Module, counts: Tensor | None) -> None:
         super().__init__()
         names = prior_layers(module)
-        if counts.ndim > 0 and len(counts) != len(names):
+        if counts is not None and counts.ndim > 0 and len(counts) != len(names):
             raise ModelError(
                 f"the prior has {len(counts)} counts and {type(module).__name__} has {len(names)} BatchNorm layers "
                 "with source statistics; allowed is one count for each, or a single one"
             )
-        self._counts: dict[int, Tensor] = {
-            id(module.get_submodule(name).running_mean): counts if counts.ndim == 0 else counts[place]
+        shared = counts is None or counts.ndim == 0
+        self._counts: dict[int, Tensor | None] = {
+            id(module.get_submodule(name).running_mean): counts if shared else counts[place]
             for place, name in enumerate(names)
         }
 
@@ -67,9 +72,8 @@ class SourcePrior(TorchFunctionMode):
         named = kwargs or {}
         if func is functional.batch_norm:
             source_mean = args[1] if len(args) > 1 else named.get("running_mean")
-            count = self._counts.get(id(source_mean))
-            if count is not None:
-                return _normalised(count, *args, **named)
+            if id(source_mean) in self._counts:
+                return _normalised(self._counts[id(source_mean)], *args, **named)
         return func(*args, **named)
 
 
@@ -92,7 +96,7 @@ def moments_about(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(
-    count: Tensor,
+    count: Tensor | None,
     input: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
@@ -103,6 +107,12 @@ def _normalised(
     eps: float = 1e-5,
 ) -> Tensor:
     """F.batch_norm by the mixture; arguments are its own."""
+    running_mean, running_var = widened(running_mean), widened(running_var)
+    weight, bias = (None if tensor is None else widened(tensor) for tensor in (weight, bias))
+    if input.numel() == input.shape[1]:
+        return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if count is None:
+        return functional.batch_norm(input, None, None, weight, bias, True, momentum, eps)
     mean, variance = channel_moments(input, running_mean)
     share = input.shape[0] / (input.shape[0] + count.to(mean))
     mixed = torch.lerp(running_var, variance, share)
