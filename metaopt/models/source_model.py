@@ -19,7 +19,7 @@ from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
 from metaopt.models.source_prior import SourcePrior
 from metaopt.models.spec import CUSTOM_PREFIX, ModelSpec, triple
-from metaopt.types import HALF, ForwardOutput
+from metaopt.types import HALF, ForwardOutput, widened
 
 
 class SourceModel(nn.Module):
@@ -108,7 +108,7 @@ class SourceModel(nn.Module):
     def forward(
         self, images: Tensor, batch_statistics: bool = False, features: bool = False, prior: Tensor | None = None
     ) -> ForwardOutput:
-        """Logits, and each block's features where asked.
+        """Logits in the network's type, and each block's features where asked, in float32 at least.
 
         Args:
             images: (B, 3, H, W), floating, in [0, 1]; brought to the network's type.
@@ -161,7 +161,7 @@ class SourceModel(nn.Module):
         def record(name: str):
             def hook(block: nn.Module, _inputs: Any, output: Any) -> None:
                 tensor = output[0] if isinstance(output, tuple | list) else output
-                recorded[name] = pool_features(self.module, block, tensor, batch_size)
+                recorded[name] = pool_features(self.module, block, widened(tensor), batch_size)
 
             return hook
 

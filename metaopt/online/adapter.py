@@ -16,6 +16,7 @@ from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
 from metaopt.optimizers.update import NONFINITE, FiniteGuard, InPlaceApply
+from metaopt.parameters import own_values
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
 from metaopt.policy.state import State, copied_state, state_from_dict, state_to_dict
@@ -33,10 +34,13 @@ class OnlineAdapter:
     its experts, and keeps the adapted tensors beside it. So adapters in several threads may share one network. Creating
     an adapter only freezes the model (its tensors no longer require gradients).
 
+    A network in half precision runs as it is, and so does one under ``torch.autocast``; adapted tensors, state, losses
+    and the logits given are in float32 all the same (`metaopt.policy.precision`).
+
     Args:
         model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
         policy: a method; ``AdaptationPolicy.load("ckpt.pt")`` or one of ``build_method``. The adapter keeps a copy
-            of it, on the model's device and in its type.
+            of it, on the model's device and in its type, float32 at least.
         memory: ``dense``: activations are kept as torch keeps them; ``exact``, ``compact`` or ``pruned``: see
             :mod:`metaopt.activation_memory.engine`.
         budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
@@ -62,7 +66,7 @@ class OnlineAdapter:
         self.model = policy.attach(self.source)
         self.model.requires_grad_(False)
         self.layout = policy.layout(self.model)
-        reference = next(iter(self.layout.take(self.model).values()))
+        reference = next(iter(self._own_values().values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
         config, pruning = MemoryConfig(memory, budget_mib), self.policy.part("pruning") or Pruning()
         if config.chooses:
@@ -89,7 +93,7 @@ class OnlineAdapter:
     def reset(self) -> None:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
         with torch.no_grad():
-            start = self.policy.start(self.layout.take(self.model))
+            start = self.policy.start(self._own_values())
             self.start = {name: tensor.detach() for name, tensor in start.items()}
             self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
             self.state = copied_state(self.policy.init(self.parameters))
@@ -97,6 +101,9 @@ class OnlineAdapter:
         self.guard.events.clear()
         names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
         self.guard.events.update({name: 0 for name in names})
+
+    def _own_values(self) -> Parameters:
+        return own_values(self.model, self.layout.names)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Predict, then adapt (inside ``frozen()``: predict only).
@@ -157,7 +164,7 @@ class OnlineAdapter:
             self._frozen = before
 
     def export(self) -> dict[str, Tensor]:
-        """The adapted model as a plain ``state_dict`` of the wrapped module: copies, ready to load or save.
+        """The adapted model as a plain ``state_dict`` of the wrapped module: copies in its types, ready to load or save.
 
         It is the teacher's where that predicts. Experts are not part of it: see :meth:`export_experts`.
         """
@@ -175,7 +182,7 @@ class OnlineAdapter:
         # By identity, because a layer that is used twice has two names there and one here.
         adapted = {id(own[name]): tensor for name, tensor in current.items()}
         weights = self.model.state_dict()
-        weights.update({name: adapted[id(tensor)] for name, tensor in own.items() if id(tensor) in adapted})
+        weights.update({name: adapted[id(tensor)].to(tensor) for name, tensor in own.items() if id(tensor) in adapted})
         return {
             name.removeprefix(prefix): tensor.detach().clone()
             for name, tensor in weights.items()

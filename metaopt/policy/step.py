@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory
 from metaopt.data.seeding import generator_for
@@ -14,6 +13,7 @@ from metaopt.objectives.weighted import weighted_sum
 from metaopt.parameters import detached, own_values
 from metaopt.policy.part import Part
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.precision import Autocast, network_alone_autocasts, run_network
 from metaopt.policy.state import State
 from metaopt.types import ApplyUpdate, ForwardOutput, Parameters, StepOutput
 
@@ -25,8 +25,8 @@ class StepContext:
     """One batch on its way through the step: what the parts of a policy see, and what they change."""
 
     policy: AdaptationPolicy
-    model: nn.Module  # called through torch.func.functional_call alone
-    parameters: Parameters  # adapted tensors
+    model: nn.Module  # called through `metaopt.policy.precision.run_network` alone
+    parameters: Parameters  # adapted tensors, float32 at least
     state: State  # of the rule and the parts
     images: Tensor  # (B, 3, H, W) in [0, 1]
     position: int = 0  # updates before this batch, which augmented views are drawn from
@@ -37,6 +37,7 @@ class StepContext:
     events: list[str] = field(default_factory=list)  # what parts did out of the ordinary
     losses: list[Tensor] = field(default_factory=list)  # at each look that the rule took, detached scalars
     refused: bool = False  # whether a part found nothing in the batch to learn from
+    autocast: Autocast = nullcontext  # what the network runs within
 
     def acting(self, act: str) -> list[Any]:
         """The parts that take part in an act (`metaopt.policy.part.ACTS`), in the policy's order."""
@@ -61,11 +62,10 @@ class StepContext:
     def forward(
         self, images: Tensor | None = None, parameters: Parameters | None = None, **wanted: Any
     ) -> ForwardOutput:
-        """The model's output on the batch, or on other images, at the adapted tensors, or at others."""
+        """The model's output on the batch, or on other images, at the adapted tensors, or at others; in float32."""
         tensors = self.tensors | (self.parameters if parameters is None else parameters)
-        return functional_call(
-            self.model, tensors, (self.images if images is None else images,), self.statistics | wanted
-        )
+        images = self.images if images is None else images
+        return run_network(self.model, tensors, images, self.statistics | wanted, self.autocast)
 
 
 def adaptation_step(
@@ -86,7 +86,7 @@ def adaptation_step(
     Args:
         policy: the method.
         model: the model that the method adapts (`AdaptationPolicy.attach`).
-        parameters: adapted tensors before this batch.
+        parameters: adapted tensors before this batch, float32 at least, whatever the model's type.
         state: state before this batch.
         images: (B, 3, H, W) in [0, 1].
         apply: how a loss becomes new parameters; None only for a method that never updates.
@@ -97,9 +97,17 @@ def adaptation_step(
     Returns:
         Parameters and state after this batch, and the predictions made *before* the update.
     """
-    context = StepContext(policy, model, parameters, state, images, position, start)
+    with network_alone_autocasts(images.device.type) as autocast:
+        context = StepContext(policy, model, parameters, state, images, position, start, autocast=autocast)
+        return _stepped(context, apply, memory)
+
+
+def _stepped(
+    context: StepContext, apply: ApplyUpdate | None, memory: ActivationMemory | None
+) -> tuple[Parameters, State, StepOutput]:
+    """One batch on its way."""
     if apply is None:
-        return parameters, state, evaluate(context)
+        return context.parameters, context.state, evaluate(context)
     meet(context)
     if should_update(context):
         output = update(context, apply, memory)
@@ -222,7 +230,8 @@ def evaluate_on(
 ) -> StepOutput:
     """Predict and weigh the loss without a step, in a fresh state by default; arguments of :func:`adaptation_step`."""
     state = policy.init(parameters) if state is None else state
-    return evaluate(StepContext(policy, model, parameters, state, images, position))
+    with network_alone_autocasts(images.device.type) as autocast:
+        return evaluate(StepContext(policy, model, parameters, state, images, position, autocast=autocast))
 
 
 def augmented(context: StepContext) -> Tensor:
