@@ -78,9 +78,9 @@ class SourceModel(nn.Module):
         """C, the number of logits."""
         return self.spec.num_classes
 
-    def weights_sha256(self) -> str:
-        """Fingerprint of the wrapped network's weights and buffers (`metaopt.files.weights_sha256`)."""
-        return weights_sha256(self.module)
+    def weights_sha256(self, dtype: torch.dtype | None = None) -> str:
+        """Fingerprint of the wrapped network's weights and buffers, rounded to ``dtype`` (`metaopt.files`)."""
+        return weights_sha256(self.module, dtype)
 
     def skeleton(self) -> "SourceModel":
         """Another model of the same network: its modules are copies, every parameter and buffer is shared.

@@ -164,7 +164,7 @@ class OnlineAdapter:
             self._frozen = before
 
     def export(self) -> dict[str, Tensor]:
-        """The adapted model as a plain ``state_dict`` of the wrapped module: copies in its types, ready to load or save.
+        """The adapted model as a plain ``state_dict`` of the wrapped module: copies in its types, to load or save.
 
         It is the teacher's where that predicts. Experts are not part of it: see :meth:`export_experts`.
         """

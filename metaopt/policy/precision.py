@@ -5,12 +5,12 @@ Small updates vanish in half precision (:math:`1 + 10^{-3} = 1` in bfloat16), an
 training (Micikevicius et al., ICLR 2018); each forward pass takes them in the network's own types, differentiably, and
 gives its logits and features in float32.
 
-float16 has few exponents, and small gradients are zero in it. A forward pass in it therefore scales what comes back, as
-loss scaling does, by the power of two that brings the largest gradient of its outputs to about 1, and divides it out of
-the float32 gradients. Of a ResNet-20 on CIFAR-10-C in batches of 200, a float16 gradient of the entropy has cosine 0.999
-with the float64 one with and without; of a thousandth of the entropy, 0.999 with and 0.30 without. The scale is measured
-in each backward pass: no loss is too small or too large for it, it has no state, and no step is lost in finding it.
-bfloat16 has float32's exponents and needs none.
+float16 has few exponents, and small gradients are zero in it. A forward pass in it therefore scales what comes back,
+as loss scaling does, by the power of two that brings the largest gradient of its outputs to about 1, and divides it out
+of the float32 gradients. Of a ResNet-20 on CIFAR-10-C in batches of 200, the float16 gradient of the entropy has cosine
+0.999 with the float64 one, with the scale and without; of a thousandth of the entropy, 0.999 and 0.30. The scale is
+measured in each backward pass: no loss is too small or too large for it, it has no state, and no step is lost in
+finding it. bfloat16 has float32's exponents and needs none.
 """
 
 from collections.abc import Callable, Iterator, Mapping
