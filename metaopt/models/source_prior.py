@@ -40,8 +40,8 @@ def prior_layers(module: nn.Module) -> list[str]:
 class SourcePrior(TorchFunctionMode):
     """Within it, BatchNorm layers of ``module`` normalise by the mixture; their buffers stay untouched.
 
-    A layer that a batch gives one value for each channel (a single image, behind the pooling) has no spread to go by and
-    takes the source's statistics. Statistics and affine tensors are float32 at least, whatever the maps' type.
+    A layer with one value for each channel (of a single image, behind the pooling) has no spread to go by: it takes the
+    source's statistics. Statistics and affine tensors are float32 at least, whatever the maps' type.
 
     Args:
         module: the network, in ``eval()``.

@@ -82,8 +82,8 @@ class SourceRecord:
             return
         if not self.rounded and any(name in ("bfloat16", "float16") for name in types):
             raise CheckpointError(
-                f"the model's weights are in {' and '.join(types)} and the policy's file, of an earlier release, knows them "
-                "in the precision of its training alone; allowed is that one: load the model in float32, or train the "
+                f"the model's weights are in {' and '.join(types)} and the policy's file, of an earlier release, knows "
+                "them in the precision of its training alone; allowed is that one: load the model in it, or train the "
                 "policy again"
             )
         raise CheckpointError(
