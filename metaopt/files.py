@@ -248,11 +248,15 @@ def _unreadable(source: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"cannot read '{source}' ({why}); give a file that can be read")
 
 
-def weights_sha256(weights: nn.Module | Mapping[str, Any]) -> str:
+def weights_sha256(weights: nn.Module | Mapping[str, Any], dtype: torch.dtype | None = None) -> str:
     """SHA-256 over the sorted name, dtype, shape and bytes of every tensor of a module or a state_dict.
 
     BatchNorm's ``num_batches_tracked`` counters and entries that are no tensors do not count. Device and memory format
     make no difference.
+
+    Args:
+        weights: module or state_dict.
+        dtype: what floating tensors are rounded to first; None: as they are.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()
@@ -261,6 +265,8 @@ def weights_sha256(weights: nn.Module | Mapping[str, Any]) -> str:
         if not isinstance(tensor, Tensor) or name.rsplit(".", 1)[-1] == "num_batches_tracked":
             continue
         tensor = tensor.detach().cpu().contiguous()
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

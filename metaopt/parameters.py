@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.errors import ModelError
-from metaopt.types import Parameters
+from metaopt.types import Parameters, widened
 
 NORM_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "batch_norm": (_BatchNorm,),
@@ -168,10 +168,10 @@ def full_layout(model: nn.Module) -> ParameterLayout:
     return ParameterLayout(tuple(tensors))
 
 
-def own_values(model: nn.Module, parameters: Parameters) -> Parameters:
-    """The model's own values of the adapted tensors, which adaptation never changes, detached."""
+def own_values(model: nn.Module, names: Iterable[str]) -> Parameters:
+    """The model's own values of some of its tensors, which adaptation never changes, detached; float32 at least."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    return {name: own[name].detach() for name in parameters}
+    return {name: widened(own[name].detach()) for name in names}
 
 
 def flatten(parameters: Parameters) -> Tensor:

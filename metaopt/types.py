@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+"""Types in which neither a sum over a batch nor a small update keeps its digits."""
 
 Parameters = dict[str, Tensor]
 """The adapted tensors by their name in the source model, in the model's order."""
@@ -76,3 +80,8 @@ class ApplyUpdate(Protocol):
     def __call__(self, loss_of: LossOf, parameters: Parameters, state: Any) -> tuple[Parameters, Any]:
         """New parameters and new state after one update on ``loss_of``; the very ``state`` where it was refused."""
         ...
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Half precision as float32, differentiably; the tensor itself in any wider type."""
+    return tensor.float() if tensor.dtype in HALF else tensor

@@ -86,8 +86,8 @@ def _fill_factor(store: Store, call: Call, factor: Any) -> Packed | None:
     slot = next((slot for slot in call.open if (slot.saved.numel(), slot.saved.shape[-2:]) == size), None)
     if slot is None or known is None:
         return None if slot is None else slot.fill(store.codes(slot.saved))
-    shape = slot.saved.shape
-    return slot.fill(Derived(lambda: known.unpack().reshape(shape), known))
+    shape, dtype = slot.saved.shape, slot.saved.dtype
+    return slot.fill(Derived(lambda: known.unpack().reshape(shape).to(dtype), known))
 
 
 def softmax(store: Store, call: Call) -> None:

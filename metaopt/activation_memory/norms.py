@@ -72,14 +72,16 @@ def batch_norm(store: Store, call: Call) -> None:
     elif store.precision.bits >= 16:
         packed = slot.fill(store.any(saved))
         factor, addend = columns(gamma * rstd), columns(beta - mean * gamma * rstd)
-        store.remember(call.result, Derived(lambda: packed.unpack().mul(factor).add_(addend), packed))
+        dtype = call.result.dtype
+        store.remember(call.result, Derived(lambda: packed.unpack().mul(factor).add_(addend).to(dtype), packed))
     else:
         grid = _normal_grid(torch.where(gamma == 0, torch.zeros_like(gamma), -beta / gamma), store.precision.bits)
         std = rstd.reciprocal()
         bins = columns(grid.step * std), columns(mean + grid.low * std)
         values = columns(mean + grid.first * std), columns(grid.between * std)
         codes = slot.fill(UniformCodes(saved, store.precision.bits, *bins, store.counter, values))
-        store.remember(call.result, Affine(codes, columns(beta + gamma * grid.first), columns(gamma * grid.between)))
+        offset, scale = columns(beta + gamma * grid.first), columns(gamma * grid.between)
+        store.remember(call.result, Affine(codes, offset, scale, call.result.dtype))
 
 
 def _sparse(x: Tensor, mean: Tensor, rstd: Tensor, store: Store) -> Packed:
@@ -145,7 +147,7 @@ def _fill_normalised(
     if bias is not None:
         offset = offset + bias.detach().view(offset.shape)
     if call.result.dtype == dtype:
-        store.remember(call.result, Affine(codes, offset, scale))
+        store.remember(call.result, Affine(codes, offset, scale, dtype))
 
 
 def rms_norm(store: Store, call: Call) -> None:

@@ -64,7 +64,7 @@ def sparse(centred: Tensor, precision: Precision, counter: ByteCounter) -> Deriv
     where = largest(physical.abs(), precision.keep)
     bits, kept = Payload(where, 1, lambda piece: piece.view(torch.uint8), counter), selected(physical, where)
     values: Packed
-    if precision.bits == 32 or kept.numel() == 0:
+    if precision.bits == 32 or kept.numel() == 0 or (precision.bits == 16 and kept.element_size() <= 2):
         values = Plain(kept, counter)
     elif precision.bits == 16:
         values = half(kept, counter)

@@ -25,12 +25,12 @@ P = TypeVar("P", bound=Packed)
 class Slot:
     """Stands in the graph for one saved tensor; holds it until the operator is done, and its pack from then on."""
 
-    __slots__ = ("_counter", "_entries", "_owner", "packed", "tensor")
+    __slots__ = ("_counter", "_dtype", "_entries", "_owner", "packed", "tensor")
 
     def __init__(self, tensor: Tensor, counter: ByteCounter, owner: Owner) -> None:
         self.tensor: Tensor | None = tensor
         self.packed: Packed | None = None
-        self._counter, self._owner, self._entries = counter, owner, tensor.numel()
+        self._counter, self._owner, self._entries, self._dtype = counter, owner, tensor.numel(), tensor.dtype
         counter.waiting[owner] += self._entries
 
     def __del__(self) -> None:
@@ -48,7 +48,7 @@ class Slot:
         return packed
 
     def unpack(self) -> Tensor:
-        """What backward gets.
+        """What backward gets, in the type that it saved.
 
         Raises:
             ConfigError: a second derivative is asked of codes.
@@ -59,7 +59,7 @@ class Slot:
                 "second derivatives were asked of codes, which memory=compact and pruned keep; allowed are exact "
                 "or dense: set one, or meta.gradient=first_order"
             )
-        tensor = self.packed.unpack()
+        tensor = self.packed.unpack().to(self._dtype)  # under autocast, what it follows from may have another
         return tensor if isinstance(self.packed, Plain) else self._counter.lend(tensor, self._owner)
 
 
@@ -96,15 +96,16 @@ class Call:
     def again(self) -> Derived | None:
         """The result, computed again from the known first argument; None where that is not known."""
         source, function, rest, named = self.source, self.function, self.arguments[1:], dict(self.named)
-        if source is None or function is None:
+        if source is None or function is None or not isinstance(self.result, Tensor):
             return None
         named.pop("input", None)
-        return Derived(lambda: function(source.unpack(), *rest, **named), source)
+        dtype = self.result.dtype  # autocast, which is off by then, may have widened the argument
+        return Derived(lambda: function(source.unpack().to(dtype), *rest, **named), source)
 
     def remember_result(self, store: "Store") -> None:
         """Where the first argument can be computed, so can the result."""
         again = self.again()
-        if again is not None and isinstance(self.result, Tensor):
+        if again is not None:
             store.remember(self.result, again)
 
 
@@ -186,7 +187,8 @@ class Store:
         if tensor.dtype == torch.bool:
             return self.remember(tensor, mask(tensor, self.counter))
         if tensor.is_floating_point():
-            return self.keep(tensor) if self.precision.lossless else self.remember(tensor, half(tensor, self.counter))
+            whole = self.precision.lossless or tensor.element_size() <= 2
+            return self.keep(tensor) if whole else self.remember(tensor, half(tensor, self.counter))
         if tensor.is_complex() or tensor.element_size() == 1:
             return self.keep(tensor)
         low, high = (int(bound) for bound in torch.aminmax(tensor))

@@ -106,12 +106,12 @@ class Affine:
 
     lossy = True
 
-    def __init__(self, codes: UniformCodes, offset: Tensor, scale: Tensor) -> None:
-        self._codes, self._offset, self._scale = codes, offset, scale
+    def __init__(self, codes: UniformCodes, offset: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self._codes, self._offset, self._scale, self._dtype = codes, offset, scale, dtype
 
     def unpack(self) -> Tensor:
         """``scale * code + offset``."""
-        return self._codes.decode(self._offset, self._scale)
+        return self._codes.decode(self._offset, self._scale).to(self._dtype)
 
 
 def channels_of(tensor: Tensor) -> tuple[int, ...]:

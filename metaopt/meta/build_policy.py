@@ -7,6 +7,7 @@ from torch import Tensor
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.loss import build_meta_loss
 from metaopt.models import SourceModel
+from metaopt.parameters import own_values
 from metaopt.policy import AdaptationPolicy, SourceRecord, new_policy
 from metaopt.types import Parameters
 
@@ -16,7 +17,7 @@ class Untrained(NamedTuple):
 
     policy: AdaptationPolicy
     model: SourceModel  # a skeleton of the source, with the policy's experts, where it has some
-    parameters: Parameters  # the model's own values of the adapted tensors
+    parameters: Parameters  # the model's own values of the adapted tensors, in float32 at least
 
 
 def build_policy(model: SourceModel, images: Tensor, config: MetaTrainConfig) -> Untrained:
@@ -36,7 +37,7 @@ def build_policy(model: SourceModel, images: Tensor, config: MetaTrainConfig) ->
     )
     adapted = policy.attach(model).requires_grad_(False)
     layout = policy.layout(adapted)
-    parameters = {name: tensor.detach() for name, tensor in layout.take(adapted).items()}
+    parameters = own_values(adapted, layout.names)
     policy.to(images.device, next(iter(parameters.values())).dtype)
     policy.prepare(model, lambda: images, config.batch_size)
     policy.source = SourceRecord.of(model, layout)

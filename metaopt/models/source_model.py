@@ -20,7 +20,7 @@ from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
 from metaopt.models.source_prior import ChannelMoments, Recorded, SourcePrior, complete, recording_hooks
 from metaopt.models.spec import CUSTOM_PREFIX, ModelSpec, triple
-from metaopt.types import ForwardOutput
+from metaopt.types import HALF, ForwardOutput, widened
 
 
 class SourceModel(nn.Module):
@@ -79,9 +79,9 @@ class SourceModel(nn.Module):
         """C, the number of logits."""
         return self.spec.num_classes
 
-    def weights_sha256(self) -> str:
-        """Fingerprint of the wrapped network's weights and buffers (`metaopt.files.weights_sha256`)."""
-        return weights_sha256(self.module)
+    def weights_sha256(self, dtype: torch.dtype | None = None) -> str:
+        """Fingerprint of the wrapped network's weights and buffers, rounded to ``dtype`` (`metaopt.files`)."""
+        return weights_sha256(self.module, dtype)
 
     def skeleton(self) -> "SourceModel":
         """Another model of the same network: its modules are copies, every parameter and buffer is shared.
@@ -115,12 +115,13 @@ class SourceModel(nn.Module):
         stream: ChannelMoments | None = None,
         record: Recorded | None = None,
     ) -> ForwardOutput:
-        """Logits, and each block's features where asked.
+        """Logits in the network's type, and each block's features where asked, in float32 at least.
 
         Args:
-            images: (B, 3, H, W), floating, in [0, 1].
+            images: (B, 3, H, W), floating, in [0, 1]; brought to the network's type.
             batch_statistics: BatchNorm layers normalise by this batch instead of by their running buffers, which stay
-                untouched in either case.
+                untouched in either case. A layer that has one value for each channel of a single image goes on with its
+                buffers.
             features: also give each block's output, pooled to (B, D_l).
             prior: with batch statistics, for how many images the source's count beside them
                 (`metaopt.models.source_prior`): one number for all BatchNorm layers, (), or one for each, (L,).
@@ -128,16 +129,18 @@ class SourceModel(nn.Module):
             record: with batch statistics, takes this batch's moments at each BatchNorm layer.
 
         Raises:
-            DataError: the images' shape does not fit the model, or there are none.
+            DataError: the images' shape does not fit the model, or there are none; or a layer without running buffers
+                gets one value for each channel.
             ModelError: features are asked of a model without blocks, or a block did not run; or the prior has another
                 number of layers.
         """
         self._check_shape(images)
-        inputs = (images - self.mean) / self.std
+        inputs = ((images - self.mean) / self.std).to(self.mean.dtype)  # the same tensor where types agree
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with _batch_statistics(self.module, batch_statistics, prior, stream, record):
-            features_of = self._recorded_features(images.shape[0]) if features else nullcontext({})
+        statistics = _batch_statistics(self.module, batch_statistics, prior, stream, record, inputs)
+        features_of = self._recorded_features(images.shape[0]) if features else nullcontext({})
+        with _single_values_refused(self.module), statistics:
             with features_of as recorded:
                 logits = _logits(self.module(inputs))
         if record is not None:
@@ -170,7 +173,7 @@ class SourceModel(nn.Module):
         def record(name: str):
             def hook(block: nn.Module, _inputs: Any, output: Any) -> None:
                 tensor = output[0] if isinstance(output, tuple | list) else output
-                recorded[name] = pool_features(self.module, block, tensor, batch_size)
+                recorded[name] = pool_features(self.module, block, widened(tensor), batch_size)
 
             return hook
 
@@ -189,24 +192,26 @@ def _batch_statistics(
     prior: Tensor | None,
     stream: ChannelMoments | None,
     record: Recorded | None,
+    inputs: Tensor,
 ) -> Iterator[None]:
-    """BatchNorm layers inside normalise by the batch, and with a prior or a stream, by these too.
+    """BatchNorm layers inside normalise by the batch ``inputs``, and with a prior or a stream, by these too.
 
     In ``eval()`` and without running buffers torch takes the batch's statistics. So the buffers are out of the way for
-    the duration, which also guards them from NaN batches, and come back in any case.
+    the duration, which also guards them from NaN batches, and come back in any case. Of a single image layers may need
+    them, and in half precision torch would round what it takes.
     """
     layers = [layer for layer in module.modules() if enabled and isinstance(layer, _BatchNorm)]
-    saved = [(layer.running_mean, layer.running_var) for layer in layers]
     if layers and any(getattr(part, "grad_checkpointing", False) for part in module.modules()):
         raise ModelError(
             f"{type(module).__name__} has grad_checkpointing on, whose recomputation would miss the batch statistics; "
             "allowed is off with BatchNorm: call set_grad_checkpointing(False)"
         )
-    if layers and (prior is not None or stream is not None):
-        with SourcePrior(module, torch.zeros(()) if prior is None else prior, stream, record):
+    if layers and (prior is not None or stream is not None or len(inputs) == 1 or inputs.dtype in HALF):
+        with SourcePrior(module, prior, stream, record):
             yield
         return
     handles = [] if record is None or not layers else recording_hooks(module, record)
+    saved = [(layer.running_mean, layer.running_var) for layer in layers]
     try:
         for layer in layers:
             layer.running_mean = layer.running_var = None
@@ -216,6 +221,20 @@ def _batch_statistics(
             layer.running_mean, layer.running_var = mean, var
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _single_values_refused(module: nn.Module) -> Iterator[None]:
+    """What torch says of one value a channel, as an error of one line: layers without running buffers know no other."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise DataError(
+            f"a batch of 1 image gives a BatchNorm layer of {type(module).__name__} one value for each channel, and it "
+            "has no running statistics to take instead; allowed are 2 images or more: give larger batches"
+        ) from error
 
 
 def _logits(output: Any) -> Tensor:

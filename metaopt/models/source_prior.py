@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from metaopt.errors import ModelError
+from metaopt.types import widened
 
 
 def prior_layers(module: nn.Module) -> list[str]:
@@ -52,9 +53,12 @@ Recorded = dict[int, tuple[Tensor, Tensor]]
 class SourcePrior(TorchFunctionMode):
     """Within it, BatchNorm layers of ``module`` normalise by the mixture; their buffers stay untouched.
 
+    A layer with one value for each channel (of a single image, behind the pooling) has no spread to go by: it takes the
+    source's statistics. Statistics and affine tensors are float32 at least, whatever the maps' type.
+
     Args:
         module: the network, in ``eval()``.
-        counts: N of each layer of :func:`prior_layers`, (L,), at least 0; or one for all, ().
+        counts: N of each layer of :func:`prior_layers`, (L,), at least 0; or one for all, (); None: the batch alone.
         stream: counts beside the source, for M images; None or without images: nothing does.
         record: where the batch's own moments go, of each layer's first call; None: nowhere.
 
@@ -65,13 +69,13 @@ class SourcePrior(TorchFunctionMode):
     def __init__(
         self,
         module: nn.Module,
-        counts: Tensor,
+        counts: Tensor | None,
         stream: ChannelMoments | None = None,
         record: Recorded | None = None,
     ) -> None:
         super().__init__()
         names = prior_layers(module)
-        if counts.ndim > 0 and len(counts) != len(names):
+        if counts is not None and counts.ndim > 0 and len(counts) != len(names):
             raise ModelError(
                 f"the prior has {len(counts)} counts and {type(module).__name__} has {len(names)} BatchNorm layers "
                 "with source statistics; allowed is one count for each, or a single one"
@@ -107,9 +111,18 @@ class SourcePrior(TorchFunctionMode):
     ) -> Tensor:
         """F.batch_norm by the mixture; arguments are its own."""
         count, source_mean, source_variance = self._references[place]
+        weight, bias = (None if tensor is None else widened(tensor) for tensor in (weight, bias))
+        if input.numel() == input.shape[1]:
+            if self._record is not None:
+                self._record.setdefault(place, (source_mean, source_variance))
+            return functional.batch_norm(input, source_mean, source_variance, weight, bias, False, momentum, eps)
+        if count is None and self._record is None:
+            return functional.batch_norm(input, None, None, weight, bias, True, momentum, eps)
         mean, variance = channel_moments(input, source_mean)
         if self._record is not None:
             self._record.setdefault(place, (mean, variance))
+        if count is None:
+            return functional.batch_norm(input, None, None, weight, bias, True, momentum, eps)
         share = input.shape[0] / (input.shape[0] + count.to(mean))
         mixed = torch.lerp(source_variance, variance, share)
         if not torch.is_grad_enabled():  # nothing to take back: one pass less, for the statistics are known
@@ -126,20 +139,21 @@ class SourcePrior(TorchFunctionMode):
 class _Reference(NamedTuple):
     """What a layer's batch is mixed with."""
 
-    count: Tensor  # images that it counts for
+    count: Tensor | None  # images that it counts for; None: it does not
     mean: Tensor  # (C,)
     variance: Tensor
 
     def joined(self, count: Tensor, mean: Tensor, variance: Tensor) -> "_Reference":
         """This and other moments, by their counts."""
-        total = self.count.to(count) + count
+        total = count if self.count is None else self.count.to(count) + count
         share = torch.where(total > 0, count / total.clamp_min(1e-12), 0.0)
         return _Reference(total, torch.lerp(self.mean, mean, share), torch.lerp(self.variance, variance, share))
 
 
-def _references(layers: Sequence[nn.Module], counts: Tensor, stream: ChannelMoments | None) -> list[_Reference]:
+def _references(layers: Sequence[nn.Module], counts: Tensor | None, stream: ChannelMoments | None) -> list[_Reference]:
+    shared = counts is None or counts.ndim == 0
     found = [
-        _Reference(counts if counts.ndim == 0 else counts[place], layer.running_mean, layer.running_var)
+        _Reference(counts if shared else counts[place], widened(layer.running_mean), widened(layer.running_var))
         for place, layer in enumerate(layers)
     ]
     if stream is None or stream.mean.numel() == 0:
@@ -150,7 +164,7 @@ def _references(layers: Sequence[nn.Module], counts: Tensor, stream: ChannelMome
 
 
 def running_statistics(
-    module: nn.Module, counts: Tensor, stream: ChannelMoments
+    module: nn.Module, counts: Tensor | None, stream: ChannelMoments
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and variance of each layer of :func:`prior_layers` by source and stream, each a (C,); arguments as above."""
     layers = [module.get_submodule(name) for name in prior_layers(module)]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
 from metaopt.errors import check_kind
@@ -29,8 +28,10 @@ from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.gathering import WAITING, Gathering
 from metaopt.online.incoming import as_images, intact_images
 from metaopt.optimizers.update import NONFINITE, InPlaceApply, gradients_of, is_finite
+from metaopt.parameters import own_values
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
+from metaopt.policy.precision import run_network
 from metaopt.policy.state import State, copied_state
 from metaopt.policy.step import adaptation_step, evaluate_on, loss_of, predict_on
 from metaopt.types import Parameters, StepOutput
@@ -53,10 +54,13 @@ class OnlineAdapter:
     as if it had come alone, and the event ``broken_images`` is counted. Batches much smaller than those that the policy
     was meta-trained with are answered at once and gathered for an update (:mod:`metaopt.online.gathering`).
 
+    A network in half precision runs as it is, and so does one under ``torch.autocast``; adapted tensors, state, losses
+    and the logits given are in float32 all the same (`metaopt.policy.precision`).
+
     Args:
         model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
         policy: a method; ``AdaptationPolicy.load("ckpt.pt")`` or one of ``build_method``. The adapter keeps a copy
-            of it, on the model's device and in its type.
+            of it, on the model's device and in its type, float32 at least.
         memory: ``dense``: activations are kept as torch keeps them; ``exact``, ``compact`` or ``pruned``: see
             :mod:`metaopt.activation_memory.engine`.
         budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
@@ -89,7 +93,7 @@ class OnlineAdapter:
         self.model = policy.attach(self.source)
         self.model.requires_grad_(False)
         self.layout = policy.layout(self.model)
-        reference = next(iter(self.layout.take(self.model).values()))
+        reference = next(iter(self._own_values().values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
         config, pruning = MemoryConfig(memory, budget_mib), self.policy.part("pruning") or Pruning()
         if config.chooses:
@@ -117,7 +121,7 @@ class OnlineAdapter:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
         with self._lock:
             with torch.no_grad():
-                start = self.policy.start(self.layout.take(self.model))
+                start = self.policy.start(self._own_values())
                 self.start = {name: tensor.detach() for name, tensor in start.items()}
                 self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
                 self.state = copied_state(self.policy.init(self.parameters))
@@ -126,6 +130,9 @@ class OnlineAdapter:
             self.events.clear()
             names = (NONFINITE, BROKEN, *(event for part in self.policy.listed for event in part.events))
             self.events.update({name: 0 for name in names})
+
+    def _own_values(self) -> Parameters:
+        return own_values(self.model, self.layout.names)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Predict, then adapt (inside ``frozen()``: predict only).
@@ -173,7 +180,7 @@ class OnlineAdapter:
         gathered = None if frozen is not None else self.gathering.add(images)
         with torch.set_grad_enabled(gathered is not None and self.apply is not None):
             if frozen is not None and frozen.as_exported:
-                output = StepOutput(functional_call(self.model, self._exported(), (images,)).logits, updated=False)
+                output = StepOutput(run_network(self.model, self._exported(), images, {}).logits, updated=False)
             elif frozen is not None:
                 few = len(images) < self.gathering.least
                 output = replace(evaluate_on(*arguments, images, self.state, self.position, few), updated=False)
@@ -231,7 +238,7 @@ class OnlineAdapter:
             _frozen.reset(token)
 
     def export(self) -> dict[str, Tensor]:
-        """The adapted model as a plain ``state_dict`` of the wrapped module: copies, ready to load or save.
+        """The adapted model as a plain ``state_dict`` of the wrapped module: copies in its types, to load or save.
 
         It is the teacher's where that predicts, and BatchNorm's running statistics are those of the source and of the
         stream, so that the network predicts in ``eval()`` as the adapter does in ``frozen(as_exported=True)``. What it

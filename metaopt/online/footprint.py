@@ -17,7 +17,7 @@ from metaopt.evaluation import MemoryMeter
 from metaopt.evaluation.timing import synchronize
 from metaopt.models import SourceModel
 from metaopt.optimizers.update import gradients_of
-from metaopt.parameters import detached, flatten
+from metaopt.parameters import detached, flatten, own_values
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.step import evaluate_on, loss_of
 from metaopt.types import Parameters
@@ -72,7 +72,7 @@ def measure_footprint(
     """
     model = policy.attach(model)
     model.requires_grad_(False)
-    leaves = detached(policy.layout(model).take(model))
+    leaves = detached(own_values(model, policy.layout(model).names))
     dense = _Step(model, policy, leaves, Case("dense"))
     truth = flatten(dense(images)).double()
     rows = []

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory
 from metaopt.data.seeding import generator_for
@@ -15,6 +14,7 @@ from metaopt.optimizers.update import NONFINITE
 from metaopt.parameters import detached, own_values
 from metaopt.policy.part import Part
 from metaopt.policy.policy import AdaptationPolicy
+from metaopt.policy.precision import Autocast, network_alone_autocasts, run_network
 from metaopt.policy.state import State
 from metaopt.types import ApplyUpdate, ForwardOutput, Parameters, StepOutput
 
@@ -26,8 +26,8 @@ class StepContext:
     """One batch on its way through the step: what the parts of a policy see, and what they change."""
 
     policy: AdaptationPolicy
-    model: nn.Module  # called through torch.func.functional_call alone
-    parameters: Parameters  # adapted tensors
+    model: nn.Module  # called through `metaopt.policy.precision.run_network` alone
+    parameters: Parameters  # adapted tensors, float32 at least
     state: State  # of the rule and the parts
     images: Tensor  # (B, 3, H, W) in [0, 1]
     position: int = 0  # batches before this one, which augmented views are drawn from
@@ -41,6 +41,7 @@ class StepContext:
     moments: dict[int, tuple[Tensor, Tensor]] | None = None  # of the batch at BatchNorm layers; None: nobody asked
     opened: bool = True  # whether the update gate let it through, where there is one
     refused: bool = False  # whether a part found nothing in the batch to learn from
+    autocast: Autocast = nullcontext  # what the network runs within
 
     def acting(self, act: str) -> list[Any]:
         """The parts that take part in an act (`metaopt.policy.part.ACTS`), in the policy's order."""
@@ -65,11 +66,10 @@ class StepContext:
     def forward(
         self, images: Tensor | None = None, parameters: Parameters | None = None, **wanted: Any
     ) -> ForwardOutput:
-        """The model's output on the batch, or on other images, at the adapted tensors, or at others."""
+        """The model's output on the batch, or on other images, at the adapted tensors, or at others; in float32."""
         tensors = self.tensors | (self.parameters if parameters is None else parameters)
-        return functional_call(
-            self.model, tensors, (self.images if images is None else images,), self.statistics | wanted
-        )
+        images = self.images if images is None else images
+        return run_network(self.model, tensors, images, self.statistics | wanted, self.autocast)
 
 
 def adaptation_step(
@@ -90,7 +90,7 @@ def adaptation_step(
     Args:
         policy: the method.
         model: the model that the method adapts (`AdaptationPolicy.attach`).
-        parameters: adapted tensors before this batch.
+        parameters: adapted tensors before this batch, float32 at least, whatever the model's type.
         state: state before this batch.
         images: (B, 3, H, W) in [0, 1].
         apply: how a loss becomes new parameters; None only for a method that never updates.
@@ -101,12 +101,21 @@ def adaptation_step(
     Returns:
         Parameters and state after this batch, and the predictions made *before* the update.
     """
-    context = StepContext(policy, model, parameters, state, images, position, start)
+    with network_alone_autocasts(images.device.type) as autocast:
+        context = StepContext(policy, model, parameters, state, images, position, start, autocast=autocast)
+        return _stepped(context, apply, memory)
+
+
+def _stepped(
+    context: StepContext, apply: ApplyUpdate | None, memory: ActivationMemory | None
+) -> tuple[Parameters, State, StepOutput]:
+    """One batch on its way."""
     if apply is None:
         output = evaluate(context)
         if bool(torch.isfinite(output.logits).all()):
             settle(context)
-        return parameters, context.state, replace(output, updated=False)
+        return context.parameters, context.state, replace(output, updated=False)
+    before = context.parameters, context.state
     meet(context)
     context.opened = should_update(context)
     if context.opened:
@@ -116,7 +125,7 @@ def adaptation_step(
         output = predict(context)
     if not output.updated and (NONFINITE in context.events or not bool(torch.isfinite(output.logits).all())):
         # What such a batch has touched would stay NaN: it leaves nothing behind, and counts for no part.
-        return parameters, state, replace(output, signals={}, events=(NONFINITE,))
+        return *before, replace(output, signals={}, events=(NONFINITE,))
     for part in context.acting("judge"):
         part.judge(context, output)
     told = {name: signal for name, signal in context.signals.items() if signal.ndim == 0}
@@ -237,7 +246,8 @@ def evaluate_on(
     With ``few`` the images are too few to tell what their domain is like: what the stream has told counts beside them.
     """
     state = policy.init(parameters) if state is None else state
-    return evaluate(StepContext(policy, model, parameters, state, images, position, few=few))
+    with network_alone_autocasts(images.device.type) as autocast:
+        return evaluate(StepContext(policy, model, parameters, state, images, position, few=few, autocast=autocast))
 
 
 def augmented(context: StepContext) -> Tensor:
@@ -256,7 +266,8 @@ def predict_on(
     policy: AdaptationPolicy, model: nn.Module, parameters: Parameters, images: Tensor, state: State
 ) -> StepOutput:
     """Predict on a few images alone, without a step or a loss; arguments of :func:`adaptation_step`."""
-    return predict(StepContext(policy, model, parameters, state, images, few=True))
+    with network_alone_autocasts(images.device.type) as autocast:
+        return predict(StepContext(policy, model, parameters, state, images, few=True, autocast=autocast))
 
 
 def predict(context: StepContext) -> StepOutput:

@@ -105,6 +105,20 @@ def test_the_default_policys_parts_act_along_the_stream(method: str) -> None:
     assert counts is not None and counts.shape == (2,)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stream_of_single_images_is_adapted_on(method: str) -> None:
+    adapter = new_adapter(method)
+    logits = run(adapter, [images[:1] for images in BATCHES])
+    assert all(bool(each.isfinite().all()) for each in logits)
+    assert adapter.steps == 8 and adapter.guard.events["nonfinite"] == 0
+    assert (adapter.updates > 0) == (method in UPDATING)
+    moved = [not torch.equal(tensor, adapter.start[name]) for name, tensor in adapter.parameters.items()]
+    assert any(moved) == (method in UPDATING)
+    rest, undisturbed = run(adapter, BATCHES[:2]), new_adapter(method)
+    run(undisturbed, [images[:1] for images in BATCHES])
+    assert same(rest, run(undisturbed, BATCHES[:2]))
+
+
 def test_an_augmented_view_depends_on_the_step_and_the_seed() -> None:
     adapter = new_adapter("two views")
 

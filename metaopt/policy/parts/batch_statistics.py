@@ -106,9 +106,7 @@ class BatchStatistics(Part):
         """Running statistics of the source and the stream, by their counts; none before the first batch."""
         if state.moments.mean.numel() == 0:
             return {}
-        counts = self.counts()
-        counts = torch.zeros(()) if counts is None else counts
-        means, variances = running_statistics(model.module, counts.to(state.moments.mean), state.moments)
+        means, variances = running_statistics(model.module, self.counts(), state.moments)
         names = [f"module.{name}.running_" for name in prior_layers(model.module)]
         return {
             **{name + "mean": mean for name, mean in zip(names, means, strict=True)},

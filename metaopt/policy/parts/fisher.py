@@ -13,13 +13,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from metaopt.errors import ConfigError, check_range
 from metaopt.optimizers.update import gradients_of
-from metaopt.parameters import ParameterLayout, adapted_layout, detached
+from metaopt.parameters import ParameterLayout, adapted_layout, detached, own_values
 from metaopt.policy.part import Part
+from metaopt.policy.precision import run_network
 from metaopt.policy.step import StepContext
 from metaopt.types import ForwardOutput, Parameters
 
@@ -49,7 +49,7 @@ class Fisher(Part):
         """Estimate F from clean source images, by batch statistics, unless it is there."""
         if self.information:
             return
-        leaves = detached(adapted_layout(model).take(model))
+        leaves = detached(own_values(model, adapted_layout(model).names))
         squares = [
             {name: gradient.square() for name, gradient in _gradients(model, leaves, batch).items()}
             for batch in images().split(batch_size)
@@ -102,5 +102,5 @@ class Fisher(Part):
 def _gradients(model: nn.Module, leaves: Parameters, images: Tensor) -> Parameters:
     """Of the cross-entropy with the model's own predictions."""
     with torch.enable_grad():
-        logits = functional_call(model, leaves, (images,), {"batch_statistics": True}).logits
+        logits = run_network(model, leaves, images, {"batch_statistics": True}).logits
         return gradients_of(cross_entropy(logits, logits.argmax(dim=1)), leaves)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metaopt.parameters import norm_kind
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
-from metaopt.types import Parameters
+from metaopt.types import Parameters, widened
 
 WINDOW = 2000.0  # images; an older past fades, so that the reference follows a slow drift
 LEAST_FREEDOM = 8.0  # degrees of freedom below which a variance tells nothing
@@ -102,7 +102,8 @@ def _input_of(module: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _summary(x: Tensor, channels_first: bool) -> Tensor:
-    """Mean and log standard deviation over the positions of each image, (B, 2C)."""
+    """Mean and log standard deviation over the positions of each image, (B, 2C), in float32 at least."""
+    x = widened(x)
     x = x.reshape(len(x), x.shape[1], -1) if channels_first else x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)
     mean = x.mean(dim=2, keepdim=True)
     variance = (x - mean).square_().mean(dim=2)  # half the time of torch.var_mean, or of normalisation's own kernel

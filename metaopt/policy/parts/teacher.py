@@ -25,7 +25,7 @@ from metaopt.errors import check_one_of, check_range
 from metaopt.experts.adapter import split_experts
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext, augmented_by
-from metaopt.types import ForwardOutput, Parameters
+from metaopt.types import ForwardOutput, Parameters, widened
 
 ANCHORS = ("teacher", "initial")
 GROUPS = ("tensor", "expert")
@@ -128,7 +128,8 @@ class Teacher(Part):
 
     def _confidence(self, context: StepContext) -> float:
         """Mean probability that the source gives to the class that it predicts."""
-        logits = context.model(context.images, **context.statistics).logits
+        with context.autocast():
+            logits = widened(context.model(context.images, **context.statistics).logits)
         return logits.softmax(dim=1).amax(dim=1).mean().item()
 
     def predict(self, context: StepContext) -> Tensor | None:
