@@ -125,7 +125,7 @@ def test_a_stream_goes_on_over_a_single_image(memory: str, prior: int | None, ad
         assert bool(adapter(random_images(count)).isfinite().all())
         for name in ("module.bn.weight", "module.head.0.weight"):
             assert not torch.equal(before[name], adapter.parameters[name])
-    assert adapter.updates == 4 and adapter.guard.events["nonfinite"] == 0
+    assert adapter.updates == 4 and adapter.events["nonfinite"] == 0
 
 
 @pytest.mark.parametrize("memory", MEMORIES[1:3])

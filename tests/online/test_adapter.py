@@ -110,7 +110,7 @@ def test_a_stream_of_single_images_is_adapted_on(method: str) -> None:
     adapter = new_adapter(method)
     logits = run(adapter, [images[:1] for images in BATCHES])
     assert all(bool(each.isfinite().all()) for each in logits)
-    assert adapter.steps == 8 and adapter.guard.events["nonfinite"] == 0
+    assert adapter.steps == 8 and adapter.events["nonfinite"] == 0
     assert (adapter.updates > 0) == (method in UPDATING)
     moved = [not torch.equal(tensor, adapter.start[name]) for name, tensor in adapter.parameters.items()]
     assert any(moved) == (method in UPDATING)

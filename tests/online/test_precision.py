@@ -86,7 +86,7 @@ def test_all_methods_do_as_in_float32(method: str, kind: str) -> None:
     with within(kind):
         logits = run(adapter)
     expected = run(whole)
-    assert adapter.guard.events == whole.guard.events and adapter.updates == whole.updates
+    assert adapter.events == whole.events and adapter.updates == whole.updates
     floats = [
         leaf for leaf in pytree.tree_leaves(adapter.state) if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
@@ -114,7 +114,7 @@ def test_memory_methods_and_precisions_go_together(kind: str, memory: str, metho
     with within(kind):
         for batch in (images, images[:1], images):
             assert bool(adapter(batch).isfinite().all())
-    assert adapter.updates == 3 and adapter.guard.events["nonfinite"] == 0
+    assert adapter.updates == 3 and adapter.events["nonfinite"] == 0
     assert all(
         tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in adapter.parameters.values()
     )
