@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from metaopt.errors import ModelError
-from metaopt.types import widened
+from metaopt.types import HALF, widened
 
 
 def prior_layers(module: nn.Module) -> list[str]:
@@ -177,7 +177,9 @@ def channel_moments(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of (B, C, ...), (C,), in the type of ``near``: see `moments_about`."""
     if x.device.type in ("cpu", "cuda"):
         # The kernel that batch normalisation itself has for them: one pass, no temporary.
-        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        # In half precision it rounds what it finds, unless it has statistics of a wider type to update.
+        unused = (near.new_zeros(len(near)), near.new_ones(len(near))) if x.dtype in HALF else (None, None)
+        mean, variance = torch.batch_norm_update_stats(x, *unused, 0.0)
         return mean.to(near), variance.to(near)
     return moments_about(x, near)
 

@@ -179,3 +179,25 @@ def test_it_acts_on_layers_that_activate_too() -> None:
         model(batch, batch_statistics=True, prior=torch.tensor(1e9)).logits, source, rtol=1e-3, atol=1e-4
     )
     assert not torch.allclose(model(batch, batch_statistics=True).logits, source, atol=1e-2)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("count", [None, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_of_half_precision_keep_their_digits(dtype: torch.dtype, count: float | None, graph: bool) -> None:
+    """Maps far from zero, whose means half precision would round by a good part of their spread."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 64, 2)).requires_grad_(False)
+    conv, norm = net[0], net[1]
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None and isinstance(norm, nn.BatchNorm2d)
+    conv.bias.copy_(torch.tensor([-37.3, 41.7, 53.1]))
+    statistics_of(norm)[0].copy_(conv.bias)
+    model, seen = SourceModel(net.to(dtype).eval()), {}
+    norm.register_forward_hook(lambda _layer, inputs, output: seen.update(x=inputs[0], y=output))
+    prior = None if count is None else torch.tensor(count)
+    with torch.set_grad_enabled(graph):
+        model(torch.rand(16, 3, 8, 8), batch_statistics=True, prior=prior)
+    x, (mean, var) = seen["x"].double(), (tensor.double() for tensor in statistics_of(norm))
+    own, spread = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    share = 1.0 if count is None else 16 / (16 + count)
+    expected = functional.batch_norm(x, torch.lerp(mean, own, share), torch.lerp(var, spread, share), eps=norm.eps)
+    torch.testing.assert_close(seen["y"].double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
