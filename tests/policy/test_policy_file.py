@@ -42,7 +42,7 @@ def values() -> dict[str, Any]:
 def put(values: Any, path: str, value: Any) -> Any:
     """The same with another value at a dotted path; keys that hold dots are written with slashes."""
     first, _, rest = path.partition(".")
-    key = int(first) if isinstance(values, list) else first.replace("/", ".")
+    key: Any = int(first) if isinstance(values, list) else first.replace("/", ".")
     copy = values.copy()
     copy[key] = put(values[key], rest, value) if rest else value
     return copy
