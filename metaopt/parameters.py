@@ -1,14 +1,16 @@
 """Which tensors adapt: the affine weight and bias of every normalisation layer, or all that a model has.
 
 The adapted tensors are kept as a dictionary from their name in the model to the tensor, in the model's own order, ready
-for ``torch.func.functional_call``. Rules that treat all adapted scalars alike flatten that dictionary once per step.
+for :func:`call_with`. Rules that treat all adapted scalars alike flatten that dictionary once per step.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.errors import ModelError
@@ -152,6 +154,39 @@ def full_layout(model: nn.Module) -> ParameterLayout:
         depth = position / max(1, len(named) - 1)
         tensors.append(AdaptedTensor(name, f"{kind}.{role}", depth, tuple(tensor.shape)))
     return ParameterLayout(tuple(tensors))
+
+
+def call_with(
+    model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """The model's output with other tensors in place of its own, which come back in any case.
+
+    As ``torch.func.functional_call``, but for ties: a tensor that several modules share is replaced in all of them, and
+    in a module that goes by several names once. torch swaps that one under each name, and what it puts back last is
+    the stand-in.
+
+    Args:
+        model: any module.
+        tensors: by a name of the parameter that each stands in for.
+        args: of the forward pass.
+        kwargs: of the forward pass.
+    """
+    standing_in: dict[int, Tensor] = {}
+    sites: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():
+        owner, _, role = name.rpartition(".")
+        module = modules.get(owner)  # None: it goes by another name first
+        own = (model.get_submodule(owner) if module is None else module)._parameters.get(role)
+        if own is None:
+            sites[name] = tensor  # no parameter: as torch has it
+        else:
+            standing_in[id(own)] = tensor
+    for path, module in modules.items():
+        for role, own in module._parameters.items():
+            if id(own) in standing_in:
+                sites[f"{path}.{role}" if path else role] = standing_in[id(own)]
+    return functional_call(model, sites, args, dict(kwargs or {}), tie_weights=False)
 
 
 def own_values(model: nn.Module, parameters: Parameters) -> Parameters:

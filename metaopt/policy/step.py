@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metaopt.activation_memory import ActivationMemory
 from metaopt.data.seeding import generator_for
 from metaopt.objectives.weighted import weighted_sum
-from metaopt.parameters import detached, own_values
+from metaopt.parameters import call_with, detached, own_values
 from metaopt.policy.part import Part
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import State
@@ -25,7 +24,7 @@ class StepContext:
     """One batch on its way through the step: what the parts of a policy see, and what they change."""
 
     policy: AdaptationPolicy
-    model: nn.Module  # called through torch.func.functional_call alone
+    model: nn.Module  # called through metaopt.parameters.call_with alone
     parameters: Parameters  # adapted tensors
     state: State  # of the rule and the parts
     images: Tensor  # (B, 3, H, W) in [0, 1]
@@ -63,9 +62,7 @@ class StepContext:
     ) -> ForwardOutput:
         """The model's output on the batch, or on other images, at the adapted tensors, or at others."""
         tensors = self.tensors | (self.parameters if parameters is None else parameters)
-        return functional_call(
-            self.model, tensors, (self.images if images is None else images,), self.statistics | wanted
-        )
+        return call_with(self.model, tensors, (self.images if images is None else images,), self.statistics | wanted)
 
 
 def adaptation_step(

@@ -13,12 +13,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from metaopt.errors import ConfigError, check_range
 from metaopt.optimizers.update import gradients_of
-from metaopt.parameters import adapted_layout, detached
+from metaopt.parameters import adapted_layout, call_with, detached
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
 from metaopt.types import ForwardOutput, Parameters
@@ -92,5 +91,5 @@ class Fisher(Part):
 def _gradients(model: nn.Module, leaves: Parameters, images: Tensor) -> Parameters:
     """Of the cross-entropy with the model's own predictions."""
     with torch.enable_grad():
-        logits = functional_call(model, leaves, (images,), {"batch_statistics": True}).logits
+        logits = call_with(model, leaves, (images,), {"batch_statistics": True}).logits
         return gradients_of(cross_entropy(logits, logits.argmax(dim=1)), leaves)
