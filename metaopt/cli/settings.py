@@ -27,7 +27,9 @@ class ModelSettings:
 
     name: str
     checkpoint: str | None = None
-    num_classes: int | None = None  # None: as many as the architecture's default
+    num_classes: int | None = None  # of the checkpoint; None: as many as the architecture's default
+    # Logits that are kept, by their index; labels count within them. None: all.
+    classes: list[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the class count."""

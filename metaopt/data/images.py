@@ -48,13 +48,24 @@ class ImageSet:
             raise DataError(f"the limit is {limit}: at least 1 image is needed; give a larger one or none at all")
         return ImageSet(self.images[:limit], None if self.labels is None else self.labels[:limit])
 
-    def check_classes(self, num_classes: int) -> None:
-        """Refuse labels that a model of ``num_classes`` outputs cannot predict."""
-        if self.labels is not None and int(self.labels.max()) >= num_classes:
+    def check_classes(self, num_classes: int, *, kept: bool = False) -> None:
+        """Refuse labels that a model of ``num_classes`` outputs cannot predict.
+
+        Args:
+            num_classes: C.
+            kept: whether these are only some of the network's classes, so that labels count within them.
+        """
+        if self.labels is None or (highest := int(self.labels.max())) < num_classes:
+            return
+        if kept:
             raise DataError(
-                f"a label is {int(self.labels.max())}: the model has classes 0..{num_classes - 1}; "
-                "use labels and model of the same task"
+                f"a label is {highest}: model.classes keeps {num_classes} classes, which labels call "
+                f"0..{num_classes - 1} in that order; renumber the labels, or leave model.classes out"
             )
+        raise DataError(
+            f"a label is {highest}: the model has classes 0..{num_classes - 1}; use labels and model of the same task, "
+            "with model.num_classes as in the checkpoint"
+        )
 
 
 def check_image_shape(images: Tensor) -> None:
