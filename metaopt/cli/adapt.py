@@ -41,7 +41,9 @@ def run(settings: OnlineSettings) -> None:
         policy = take_policy(policy, settings.transfer, model)
     method = assemble_method(settings.method, policy, model, lambda: unlabeled_images(settings, device))
     assert settings.memory is not None
-    adapter = OnlineAdapter(model, method, memory=settings.memory, budget_mib=settings.budget_mib)
+    adapter = OnlineAdapter(
+        model, method, memory=settings.memory, budget_mib=settings.budget_mib, compile=settings.compile
+    )
     predictions = Predictions()
     batches = sum(-(-domain.size // settings.batch_size) for domain in stream)
     with Monitor(out) as monitor, progress(batches, f"Adapting ({settings.method.name})") as bar:

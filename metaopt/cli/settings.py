@@ -110,6 +110,7 @@ class OnlineSettings(Common):
     batch_size: int = 64
     memory: str | None = None  # None: dense, and with a budget pruned
     budget_mib: float | None = None  # bound on what is held for backward
+    compile: bool = False  # run the network by torch.compile
     seed: int = 0
     out: str = "runs/online"
 

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metaopt.errors import DataError, ModelError
 from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
+from metaopt.models.compiled import CompiledForward
 from metaopt.models.identify import Identity, identify
 from metaopt.models.source_prior import SourcePrior
 from metaopt.models.spec import ModelSpec, channel_values, class_indices
@@ -29,7 +30,8 @@ class SourceModel(nn.Module):
 
     The module is held, not copied, and is set to ``eval()``. Names of its tensors are those of the module after
     ``"module."``. Of wrappers (``DataParallel``, ``torch.compile``, averaged copies, ``nn.Sequential(normalize,
-    network)`` around a network of timm) it holds what is inside, so that a network has one identity. It works under `torch.func.functional_call` and `copy.deepcopy`, in any floating type, on any device.
+    network)`` around a network of timm) it holds what is inside, so that a network has one identity. It works under
+    `torch.func.functional_call` and `copy.deepcopy`, in any floating type, on any device.
 
     Args:
         module: any classifier of images; its output is (B, C) logits, or an object with such ``logits``.
@@ -86,6 +88,7 @@ class SourceModel(nn.Module):
         kept = self.spec.classes
         indices = None if kept is None else torch.tensor(kept, device=reference.device)
         self.register_buffer("kept", indices, persistent=False)
+        self.compiled: CompiledForward | None = None  # runs in the network's place, where it can
         self.eval()
 
     @property
@@ -108,13 +111,31 @@ class SourceModel(nn.Module):
         """
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         try:
-            return copy.deepcopy(self, shared)
+            with self.uncompiled():
+                return copy.deepcopy(self, shared)
         except (TypeError, RuntimeError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(
                 f"{type(self.module).__name__} cannot be copied ({reason}); adapters run a copy of the modules that "
                 "shares their tensors: keep what cannot be copied out of the modules' attributes"
             ) from error
+
+    def compile_network(self, *, learns: bool = True) -> None:
+        """From now on, run the network by ``torch.compile`` (`metaopt.models.compiled.CompiledForward`).
+
+        Raises:
+            ModelError: there is no compiler for it.
+        """
+        self.compiled = CompiledForward(self.module, learns=learns)
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within this context the network runs as it is, so that hooks on its modules are called."""
+        before, self.compiled = self.compiled, None
+        try:
+            yield
+        finally:
+            self.compiled = before
 
     def train(self, mode: bool = True) -> "SourceModel":
         """Stay in ``eval()`` whatever is asked: only BatchNorm's statistics change mode, by ``batch_statistics``."""
@@ -144,7 +165,8 @@ class SourceModel(nn.Module):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with _batch_statistics(self.module, batch_statistics, prior):
             if not features:
-                return ForwardOutput(self._logits(self.module(inputs), len(images)))
+                run = self.module if self.compiled is None else self.compiled
+                return ForwardOutput(self._logits(run(inputs), len(images)))
             with self._recorded_features(images.shape[0]) as recorded:
                 logits = self._logits(self.module(inputs), len(images))
         missing = [name for name in self.blocks if name not in recorded]

@@ -1,6 +1,7 @@
 """Deployment: a model that predicts and adapts, batch by batch."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from metaopt.types import Parameters, StepOutput
 
 FORMAT = "metaopt-online"
 VERSION = 2
+_LOG = logging.getLogger(__name__)
 
 
 class OnlineAdapter:
@@ -41,6 +43,9 @@ class OnlineAdapter:
             :mod:`metaopt.activation_memory.engine`.
         budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
         profiles: what dry runs tell of the model, shared among adapters of one model and objective; None: its own.
+        compile: run the network by ``torch.compile``: the first batch of a shape takes a minute or so longer. Where
+            activations are kept small, or a term reads features, passes that are learned from run uncompiled, and a
+            line in the log says so.
 
     Raises:
         CheckpointError: the policy was trained on another model.
@@ -56,6 +61,7 @@ class OnlineAdapter:
         memory: str = "dense",
         budget_mib: float | None = None,
         profiles: Profiles | None = None,
+        compile: bool = False,
     ) -> None:
         self.source = model if isinstance(model, SourceModel) else SourceModel(model)
         policy.check_source(self.source)
@@ -70,6 +76,8 @@ class OnlineAdapter:
         elif "pruning" in self.policy.parts:  # with nothing to choose, nothing is remembered of the layers either
             del self.policy.parts["pruning"]
         self.memory = ActivationMemory(config, pruning.allocation, profiles)
+        if compile:
+            self._compile()
         self.guard = FiniteGuard()
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
         self.steps = 0  # batches seen since creation or reset
@@ -78,6 +86,15 @@ class OnlineAdapter:
         self.state: State
         self._frozen = False
         self.reset()
+
+    def _compile(self) -> None:
+        """Compile the network, and say which passes stay as they are."""
+        memory, objective = self.memory.config.memory, self.policy.objective
+        self.model.compile_network(learns=memory == "dense")
+        if objective is not None and memory != "dense":
+            _LOG.warning("compile: memory=%s sees each operator, so that passes with a gradient run uncompiled", memory)
+        elif objective is not None and "features" in objective.needs:
+            _LOG.warning("compile: the objective reads features of the blocks, so that its passes run uncompiled")
 
     @property
     def updates(self) -> int:

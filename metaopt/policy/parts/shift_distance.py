@@ -10,11 +10,13 @@ with the variance :math:`\sigma_c^2` between images, pooled over B and R. Withou
 batch size. That statistics of a network's first layers tell a change of domain: Niloy et al., WACV 2024.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from metaopt.models import SourceModel
 from metaopt.parameters import norm_kind
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
@@ -91,8 +93,9 @@ def _input_of(module: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
         raise _Reached
 
     handle = module.register_forward_pre_hook(reached)
+    plainly = model.uncompiled() if isinstance(model, SourceModel) else nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plainly:
             model(images)
     except _Reached:
         pass
