@@ -74,7 +74,7 @@ class MetaTrainSettings(Common):
     """Settings of ``pretrain/meta_train.py``."""
 
     LIFTED: ClassVar[Mapping[str, str]] = {
-        key: "meta" for key in ("batch_size", "seed", "generator", "objective", "parts")
+        key: "meta" for key in ("batch_size", "seed", "generator", "objective", "parts", "layers")
     }
     """Settings that stand at the top, but belong to a group."""
 

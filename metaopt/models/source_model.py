@@ -22,6 +22,7 @@ from metaopt.models.identify import Identity, identify
 from metaopt.models.source_prior import SourcePrior
 from metaopt.models.spec import ModelSpec, channel_values, class_indices
 from metaopt.models.unwrap import unwrapped
+from metaopt.parameters import fixed_tensors
 from metaopt.types import ForwardOutput
 
 
@@ -89,6 +90,7 @@ class SourceModel(nn.Module):
         indices = None if kept is None else torch.tensor(kept, device=reference.device)
         self.register_buffer("kept", indices, persistent=False)
         self.compiled: CompiledForward | None = None  # runs in the network's place, where it can
+        self.fixed: frozenset[str] | None = None  # affine tensors that do not adapt; None: as their flags say
         self.eval()
 
     @property
@@ -101,24 +103,29 @@ class SourceModel(nn.Module):
         return weights_sha256(self.module)
 
     def skeleton(self) -> "SourceModel":
-        """Another model of the same network: its modules are copies, every parameter and buffer is shared.
+        """Another model of the same network: its modules are copies, every parameter and buffer has the same storage.
 
         What a forward pass does to modules (tensors that stand in for others, hooks) stays in the skeleton that it runs
-        on, so that several threads may each run one of their own.
+        on, so that several threads may each run one of their own. Its parameters require no gradients; those of the
+        network keep their flags. Where the network is moved or cast later, a skeleton stays as it is.
 
         Raises:
             ModelError: a module of the network cannot be copied.
         """
-        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        shared: dict[int, object] = {id(tensor): tensor for tensor in self.buffers()}
         try:
+            shared |= {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in self.parameters()}
             with self.uncompiled():
-                return copy.deepcopy(self, shared)
+                found = copy.deepcopy(self, shared)
         except (TypeError, RuntimeError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(
                 f"{type(self.module).__name__} cannot be copied ({reason}); adapters run a copy of the modules that "
                 "shares their tensors: keep what cannot be copied out of the modules' attributes"
             ) from error
+        if self.fixed is None:
+            found.fixed = fixed_tensors(self)
+        return found.eval()  # whatever its user has set since
 
     def compile_network(self, *, learns: bool = True) -> None:
         """From now on, run the network by ``torch.compile`` (`metaopt.models.compiled.CompiledForward`).

@@ -32,8 +32,9 @@ class OnlineAdapter:
     """Predicts on each batch, then adapts on it, without labels.
 
     The source model never changes: the adapter runs a skeleton of its own, which shares the network's tensors and has
-    its experts, and keeps the adapted tensors beside it. So adapters in several threads may share one network. Creating
-    an adapter only freezes the model (its tensors no longer require gradients).
+    its experts, and keeps the adapted tensors beside it. So adapters in several threads may share one network. Layers
+    whose tensors its user has frozen (``requires_grad_(False)``), where others are not, do not adapt. Where the network
+    is moved or cast later, the adapter goes on as it is.
 
     Args:
         model: the model the policy was trained on: a ``SourceModel``, or any module that takes images in [0, 1].
