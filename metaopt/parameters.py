@@ -4,37 +4,17 @@ The adapted tensors are kept as a dictionary from their name in the model to the
 for :func:`call_with`. Rules that treat all adapted scalars alike flatten that dictionary once per step.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from metaopt.errors import ModelError
+from metaopt.norm_layers import affine_tensors, fixed_tensors, norm_kind
 from metaopt.types import Parameters
-
-NORM_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
-    "batch_norm": (_BatchNorm,),
-    "instance_norm": (_InstanceNorm,),
-    "layer_norm": (nn.LayerNorm,),
-    "group_norm": (nn.GroupNorm,),
-    "rms_norm": (nn.RMSNorm,),
-}
-FROZEN_NORM_NAMES = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
-# Other classes are told by their name, such as ChannelNorm, LayerNorm2d, FilterResponseNormTlu2d or LlamaRMSNorm.
-_NORM_NAME = re.compile(r"Norm(Act|Tlu)?(\dd)?(Act)?([BS]\d[a-z]?)?$")
-_NAMED_KINDS = {"RMS": "rms_norm", "Rms": "rms_norm", "LayerNorm": "layer_norm", "GroupNorm": "group_norm"}
-_NO_NORM_NAMES = ("GlobalResponseNorm",)  # ConvNeXt V2's, which lets channels compete and starts at zero
-_AFFINE_NAMES = ("Affine",)  # ResMLP's and its kin, which stand in place of a normalisation; LayerScale does not
-WEIGHT_NAMES = ("weight", "gamma", "alpha", "g")
-BIAS_NAMES = ("bias", "beta", "b")
-_ROLES = {"weight": WEIGHT_NAMES, "bias": BIAS_NAMES}
 
 
 @dataclass(frozen=True)
@@ -96,103 +76,18 @@ class ParameterLayout:
         return cls(tuple(tensors))
 
 
-def norm_kind(module: nn.Module) -> str | None:
-    """Kind of normalisation that a module computes, or None for any other module.
-
-    Raises:
-        ModelError: the module is a frozen batch normalisation, whose affine tensors are buffers and cannot adapt.
-    """
-    names = [cls.__name__ for cls in type(module).__mro__]
-    for frozen in FROZEN_NORM_NAMES:
-        if frozen in names:
-            raise ModelError(
-                f"the model holds {frozen}, whose weight and bias are constants; adaptation needs trainable "
-                "normalisation layers: replace it by torch.nn.BatchNorm2d with the same weights"
-            )
-    for kind, classes in NORM_KINDS.items():
-        if isinstance(module, classes):
-            return kind
-    if "weight" not in _affine_tensors(module) or any(name in _NO_NORM_NAMES for name in names):
-        return None
-    if type(module).__name__ in _AFFINE_NAMES:
-        return "affine"
-    if not any(_NORM_NAME.search(name) for name in names):
-        return None
-    return next((kind for part, kind in _NAMED_KINDS.items() if any(part in name for name in names)), "norm")
-
-
-def _affine_tensors(module: nn.Module) -> dict[str, str]:
-    """Names of a module's own weight and bias by their role: one entry for each channel, whatever it calls them."""
-    known = isinstance(module, tuple(kind for kinds in NORM_KINDS.values() for kind in kinds))
-    found: dict[str, str] = {}
-    for role, names in _ROLES.items():
-        for name in names[:1] if known else names:
-            tensor = module._parameters.get(name)
-            # A kernel or a matrix is no affine weight, though its class may be called so.
-            if tensor is not None and (known or tensor.numel() == max(tensor.shape, default=1)):
-                found[role] = name
-                break
-    return found
-
-
-def fixed_tensors(model: nn.Module) -> frozenset[str]:
-    """Affine tensors that their user has frozen: without ``requires_grad``, where others have it.
-
-    A model that is frozen as a whole says nothing of that kind, and all of it may adapt.
-    """
-    found: dict[str, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        if is_norm(module):
-            for name in _affine_tensors(module).values():
-                found[f"{path}.{name}" if path else name] = module._parameters[name]  # type: ignore[assignment]
-    if not any(tensor.requires_grad for tensor in found.values()):
-        return frozenset()
-    return frozenset(name for name, tensor in found.items() if not tensor.requires_grad)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation that can adapt."""
-    try:
-        return norm_kind(module) is not None
-    except ModelError:  # frozen batch normalisation: a layout says so
-        return False
-
-
-def chosen_layers(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
-    """Affine tensors of the normalisation layers that no pattern names, which stay as they are.
-
-    Args:
-        model: any module.
-        patterns: of names of layers, as ``fnmatch`` has them: ``layer3*``, ``blocks.[01].norm?``; without the
-            ``module.`` that a ``SourceModel`` puts before them.
-
-    Raises:
-        ModelError: a pattern names no layer.
-    """
-    names = {path: path.removeprefix("module.") for path, module in model.named_modules() if is_norm(module)}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names.values()):
-            shown = ", ".join([*names.values()][:6]) + (", ..." if len(names) > 6 else "")
-            raise ModelError(f"layers has {pattern!r}, which names no normalisation layer; allowed are {shown}")
-    left = [path for path, name in names.items() if not any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return frozenset(
-        f"{path}.{name}" if path else name
-        for path in left
-        for name in _affine_tensors(model.get_submodule(path)).values()
-    )
-
-
 def adapted_layout(model: nn.Module) -> ParameterLayout:
     """Find the affine tensors of all normalisation layers.
 
     Args:
         model: any module; tensors shared between layers are listed once, at their first name. Left out are those
-            that it calls ``fixed``, as skeletons of a ``SourceModel`` do, else those of :func:`fixed_tensors`.
+            that it calls ``fixed``, as skeletons of a ``SourceModel`` do, else those of
+            `metaopt.norm_layers.fixed_tensors`.
 
     Raises:
         ModelError: the model has no normalisation layer with a weight or bias, or has frozen batch normalisation.
     """
-    fixed = getattr(model, "fixed", None)
+    fixed: frozenset[str] | None = getattr(model, "fixed", None)
     fixed = fixed_tensors(model) if fixed is None else fixed
     layers = [(name, module, norm_kind(module)) for name, module in model.named_modules()]
     norms = [(name, module, kind) for name, module, kind in layers if kind is not None]
@@ -200,7 +95,7 @@ def adapted_layout(model: nn.Module) -> ParameterLayout:
     tensors: list[AdaptedTensor] = []
     for position, (name, module, kind) in enumerate(norms):
         depth = position / max(1, len(norms) - 1)
-        for role, own in _affine_tensors(module).items():
+        for role, own in affine_tensors(module).items():
             tensor, full_name = module._parameters[own], f"{name}.{own}" if name else own
             if tensor is not None and id(tensor) not in seen and full_name not in fixed:
                 seen.add(id(tensor))

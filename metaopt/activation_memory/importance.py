@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from metaopt.parameters import BIAS_NAMES, WEIGHT_NAMES
+from metaopt.norm_layers import BIAS_NAMES, WEIGHT_NAMES
 from metaopt.types import Parameters
 
 

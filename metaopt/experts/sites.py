@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ModelError
-from metaopt.parameters import norm_kind
+from metaopt.norm_layers import norm_kind
 
 PLACEMENTS = ("beside", "after")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from metaopt.parameters import is_norm
+from metaopt.norm_layers import is_norm
 
 _BLOCK_NAME = re.compile(
     r"Block|Bottleneck|BottleNeck|Residual|MBConv|DepthwiseSeparableConv|"

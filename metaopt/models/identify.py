@@ -48,9 +48,9 @@ def identify(module: nn.Module, given: Mapping[str, tuple[float, ...]] | None = 
             return _identify_holder(module, inside)
     cfg = cfg or {}
     size = _input_size(module, cfg)
-    values = {label: given.get(label) or _known(label, cfg, size, given) for label in ("mean", "std")}
+    mean, std = (given.get(label) or _known(label, cfg, size, given) for label in ("mean", "std"))
     name = cfg.get("architecture") or f"{CUSTOM_PREFIX}{type(module).__name__}"
-    return Identity(module, ModelSpec(name, count_classes(module), size, **values))
+    return Identity(module, ModelSpec(name, count_classes(module), size, mean, std))
 
 
 def _known(

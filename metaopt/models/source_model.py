@@ -22,7 +22,7 @@ from metaopt.models.identify import Identity, identify
 from metaopt.models.source_prior import SourcePrior
 from metaopt.models.spec import ModelSpec, channel_values, class_indices
 from metaopt.models.unwrap import unwrapped
-from metaopt.parameters import fixed_tensors
+from metaopt.norm_layers import fixed_tensors
 from metaopt.types import ForwardOutput
 
 

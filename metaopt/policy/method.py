@@ -172,8 +172,8 @@ def _layers(config: MethodConfig, policy: AdaptationPolicy | None) -> tuple[str,
         return asked
     if asked not in (None, policy.layers):
         raise ConfigError(
-            f"method.layers is {list(asked or ())} and the policy has learned for {policy.layers or 'all'}; allowed are "
-            "the policy's: leave it out, or meta-train with layers=[...]"
+            f"method.layers is {list(asked or ())} and the policy has learned for {policy.layers or 'all'}; allowed "
+            "are the policy's: leave it out, or meta-train with layers=[...]"
         )
     return policy.layers
 

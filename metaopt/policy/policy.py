@@ -16,9 +16,10 @@ from metaopt import registry
 from metaopt.errors import CheckpointError, MetaoptError, check_one_of
 from metaopt.files import atomic_save, safe_load
 from metaopt.models import SourceModel
+from metaopt.norm_layers import chosen_layers
 from metaopt.objectives import WeightedObjective
 from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
-from metaopt.parameters import ParameterLayout, adapted_layout, chosen_layers
+from metaopt.parameters import ParameterLayout, adapted_layout
 from metaopt.policy.adapts import ADAPTS, layout_of
 from metaopt.policy.part import Part
 from metaopt.policy.source_record import SourceRecord
@@ -41,7 +42,7 @@ class AdaptationPolicy(nn.Module):
         parts: in the order in which they act where several do so at the same place; what one uses is added behind it.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
         seed: of augmented views.
-        layers: patterns of the normalisation layers that adapt (`metaopt.parameters.chosen_layers`); None: all.
+        layers: patterns of the normalisation layers that adapt (`metaopt.norm_layers.chosen_layers`); None: all.
     """
 
     def __init__(

@@ -1,13 +1,14 @@
 r"""How far a batch lies from those before it, told before the model runs on it.
 
-What enters the first adapted layer that runs depends on the images alone: no update has touched the layers before it. Each image
-gives the mean and the log standard deviation of every channel there over its positions, 2C numbers x. The distance of a
-batch B from the reference R (the images since the last restoration, of which at most ``WINDOW`` count) is
+What enters the first adapted layer that runs depends on the images alone: no update has touched the layers before it.
+Each image gives the mean and the log standard deviation of every channel there over its positions, 2C numbers x. The
+distance of a batch B from the reference R (the images since the last restoration, of which at most ``WINDOW`` count) is
 
 .. math:: D = \frac{1}{2C} \sum_c \frac{(\mu_{B,c} - \mu_{R,c})^2}{\sigma_c^2 \, (1/n_B + 1/n_R)}
 
 with the variance :math:`\sigma_c^2` between images, pooled over B and R. Without a shift its expectation is 1 at every
-batch size. Channels without any variance, which are dead or see the same in all images, tell nothing and do not count. That statistics of a network's first layers tell a change of domain: Niloy et al., WACV 2024.
+batch size. Channels without any variance, which are dead or see the same in all images, tell nothing and do not count.
+That statistics of a network's first layers tell a change of domain: Niloy et al., WACV 2024.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import ModelError
 from metaopt.models import SourceModel
-from metaopt.parameters import is_norm, norm_kind
+from metaopt.norm_layers import channels_first, is_norm
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
 from metaopt.types import Parameters
@@ -28,7 +29,6 @@ WINDOW = 2000.0  # images; an older past fades, so that the reference follows a 
 LEAST_FREEDOM = 8.0  # degrees of freedom below which a variance tells nothing
 EPS = 1e-6
 ROUNDING = 100.0  # squares of the type's relative precision
-CHANNELS_FIRST = ("batch_norm", "group_norm", "instance_norm")
 PIECE = 16  # images at a time on CPUs, whose caches hold what enters a layer then: a third of the time
 
 
@@ -96,20 +96,8 @@ def image_statistics(model: nn.Module, layers: str | Sequence[str], images: Tens
     for piece in pieces:
         module, x = _first_input(modules, model, piece)
         modules = [module]
-        found.append(_summary(x, channels_first=_channels_first(module, x)))
+        found.append(_summary(x, channels_first=channels_first(module, x)))
     return torch.cat(found)
-
-
-def _channels_first(module: nn.Module, x: Tensor) -> bool:
-    """Whether a layer's input is (B, C, ...) rather than (B, ..., C), by the axis that its weight fits."""
-    own = next(module.parameters(recurse=False))
-    if own.ndim > 1 and own.shape == x.shape[1:]:  # a LayerNorm over whole maps
-        return True
-    fits_first, fits_last = x.shape[1] == own.numel(), x.shape[-1] == own.numel()
-    if fits_first != fits_last:
-        return fits_first
-    # Layers whose name ends so (timm's LayerNorm2d) take maps with the channels first, whatever they compute.
-    return norm_kind(module) in CHANNELS_FIRST or type(module).__name__.endswith("2d")
 
 
 def _first_input(modules: Sequence[nn.Module], model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
