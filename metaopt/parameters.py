@@ -1,7 +1,7 @@
 """Which tensors adapt: the affine weight and bias of every normalisation layer, or all that a model has.
 
 The adapted tensors are kept as a dictionary from their name in the model to the tensor, in the model's own order, ready
-for ``torch.func.functional_call``. Rules that treat all adapted scalars alike flatten that dictionary once per step.
+for :func:`call_with`. Rules that treat all adapted scalars alike flatten that dictionary once per step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,20 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.func import functional_call
 
 from metaopt.errors import ModelError
+from metaopt.norm_layers import affine_tensors, fixed_tensors, norm_kind
 from metaopt.types import Parameters, widened
-
-NORM_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
-    "batch_norm": (_BatchNorm,),
-    "layer_norm": (nn.LayerNorm,),
-    "group_norm": (nn.GroupNorm,),
-    "rms_norm": (nn.RMSNorm,),
-}
-# Own classes of widely used libraries that compute RMSNorm without inheriting from torch's.
-RMS_NORM_NAMES = ("RmsNorm", "RMSNorm", "RmsNorm2d", "LlamaRMSNorm")
-FROZEN_NORM_NAMES = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 
 
 @dataclass(frozen=True)
@@ -98,52 +89,35 @@ def _tensor_from(row: Mapping[str, Any]) -> AdaptedTensor:
     return AdaptedTensor(name, kind, float(depth), tuple(shape))
 
 
-def norm_kind(module: nn.Module) -> str | None:
-    """Kind of normalisation that a module computes, or None for any other module.
-
-    Raises:
-        ModelError: the module is a frozen batch normalisation, whose affine tensors are buffers and cannot adapt.
-    """
-    names = [cls.__name__ for cls in type(module).__mro__]
-    for frozen in FROZEN_NORM_NAMES:
-        if frozen in names:
-            raise ModelError(
-                f"the model holds {frozen}, whose weight and bias are constants; adaptation needs trainable "
-                "normalisation layers: replace it by torch.nn.BatchNorm2d with the same weights"
-            )
-    for kind, classes in NORM_KINDS.items():
-        if isinstance(module, classes):
-            return kind
-    if any(name in RMS_NORM_NAMES for name in names):
-        return "rms_norm"
-    return None
-
-
 def adapted_layout(model: nn.Module) -> ParameterLayout:
     """Find the affine tensors of all normalisation layers.
 
     Args:
-        model: any module; tensors shared between layers are listed once, at their first name.
+        model: any module; tensors shared between layers are listed once, at their first name. Left out are those
+            that it calls ``fixed``, as skeletons of a ``SourceModel`` do, else those of
+            `metaopt.norm_layers.fixed_tensors`.
 
     Raises:
         ModelError: the model has no normalisation layer with a weight or bias, or has frozen batch normalisation.
     """
+    fixed: frozenset[str] | None = getattr(model, "fixed", None)
+    fixed = fixed_tensors(model) if fixed is None else fixed
     layers = [(name, module, norm_kind(module)) for name, module in model.named_modules()]
     norms = [(name, module, kind) for name, module, kind in layers if kind is not None]
     seen: set[int] = set()
     tensors: list[AdaptedTensor] = []
     for position, (name, module, kind) in enumerate(norms):
         depth = position / max(1, len(norms) - 1)
-        for role in ("weight", "bias"):
-            tensor = getattr(module, role, None)
-            if isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
+        for role, own in affine_tensors(module).items():
+            tensor, full_name = module._parameters[own], f"{name}.{own}" if name else own
+            if tensor is not None and id(tensor) not in seen and full_name not in fixed:
                 seen.add(id(tensor))
-                full_name = f"{name}.{role}" if name else role
                 tensors.append(AdaptedTensor(full_name, f"{kind}.{role}", depth, tuple(tensor.shape)))
     if not tensors:
         raise ModelError(
             f"{type(model).__name__} has no normalisation layer with a weight or bias, so nothing can adapt; allowed "
-            "are models with BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm or RMSNorm: use one of those"
+            "are models with BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, or a class called ...Norm with a "
+            "weight: use one of those"
         )
     return ParameterLayout(tuple(tensors))
 
@@ -166,6 +140,39 @@ def full_layout(model: nn.Module) -> ParameterLayout:
         depth = position / max(1, len(named) - 1)
         tensors.append(AdaptedTensor(name, f"{kind}.{role}", depth, tuple(tensor.shape)))
     return ParameterLayout(tuple(tensors))
+
+
+def call_with(
+    model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """The model's output with other tensors in place of its own, which come back in any case.
+
+    As ``torch.func.functional_call``, but for ties: a tensor that several modules share is replaced in all of them, and
+    in a module that goes by several names once. torch swaps that one under each name, and what it puts back last is
+    the stand-in.
+
+    Args:
+        model: any module.
+        tensors: by a name of the parameter that each stands in for.
+        args: of the forward pass.
+        kwargs: of the forward pass.
+    """
+    standing_in: dict[int, Tensor] = {}
+    sites: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():
+        owner, _, role = name.rpartition(".")
+        module = modules.get(owner)  # None: it goes by another name first
+        own = (model.get_submodule(owner) if module is None else module)._parameters.get(role)
+        if own is None:
+            sites[name] = tensor  # no parameter: as torch has it
+        else:
+            standing_in[id(own)] = tensor
+    for path, module in modules.items():
+        for role, own in module._parameters.items():
+            if id(own) in standing_in:
+                sites[f"{path}.{role}" if path else role] = standing_in[id(own)]
+    return functional_call(model, sites, args, dict(kwargs or {}), tie_weights=False)
 
 
 def own_values(model: nn.Module, names: Iterable[str]) -> Parameters:

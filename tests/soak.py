@@ -1,7 +1,7 @@
-"""A policy on a long stream of small batches with a fault every hundred or so: ``python -m tests.soak --batches 100000``.
+"""A policy on a long stream of small batches, a fault among every hundred: ``python -m tests.soak --batches 100000``.
 
-The same stream is run with and without the faults, in turn, by a ResNet-20 on digits of 16 x 16 pixels; what either gets
-wrong is counted on the batches between faults.
+The same stream is run with and without the faults, in turn, by a ResNet-20 on digits of 16 x 16 pixels; what either
+gets wrong is counted on the batches between faults.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from metaopt.norm_layers import BIAS_NAMES, WEIGHT_NAMES
 from metaopt.types import Parameters
 
 
@@ -21,7 +22,7 @@ def learning_layers(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in parameters:
         layer, _, role = name.rpartition(".")
-        if role == "weight" or (role == "bias" and layer not in found):
+        if role in WEIGHT_NAMES or (role in BIAS_NAMES and layer not in found):
             found[layer] = name
     order = {name: position for position, name in enumerate(parameters)}
     return dict(sorted(found.items(), key=lambda item: order[item[1]]))

@@ -45,7 +45,14 @@ def run(settings: OnlineSettings, arguments: Sequence[str]) -> None:
         images = partial(unlabeled_images, settings, device)
         method = assemble_method(settings.method, policy, model, images, settings.seed)
         assert settings.memory is not None
-        adapter = OnlineAdapter(model, method, memory=settings.memory, budget_mib=settings.budget_mib)
+        adapter = OnlineAdapter(
+            model,
+            method,
+            memory=settings.memory,
+            budget_mib=settings.budget_mib,
+            compile=settings.compile,
+            gather=settings.gather,
+        )
         report = adapt(adapter, stream, settings, device, folder)
     atomic_write_text(to_csv(report.layers), out / MEMORY)
     atomic_write_text(json.dumps(summary(settings, report), indent=2) + "\n", out / SUMMARY)

@@ -22,11 +22,17 @@ def load_model(model: ModelSettings, source: SourceSettings, device: torch.devic
 
     Raises:
         ConfigError: another class count than the digits have was asked of a model to be trained on them.
-        ModelError: the name is unknown, or there is no recipe to train it on the digits.
+        ModelError: the name is unknown, there is no recipe to train it on the digits, or it has no such classes.
         CheckpointError: the checkpoint is of no use for this model.
     """
     if model.checkpoint is not None:
-        return load_source_model(model.name, checkpoint=model.checkpoint, num_classes=model.num_classes, device=device)
+        return load_source_model(
+            model.name,
+            checkpoint=model.checkpoint,
+            num_classes=model.num_classes,
+            classes=model.classes,
+            device=device,
+        )
     if model.num_classes not in (None, DIGITS_CLASSES):
         raise ConfigError(
             f"model.num_classes={model.num_classes} does not go with the digits; allowed is {DIGITS_CLASSES}: leave it "
@@ -34,7 +40,10 @@ def load_model(model: ModelSettings, source: SourceSettings, device: torch.devic
         )
     from metaopt.source_training import train_digits_source
 
-    return train_digits_source(model.name, cache_dir=source.cache, device=device)
+    found = train_digits_source(model.name, cache_dir=source.cache, device=device)
+    if model.classes is None:
+        return found
+    return SourceModel(found.module, spec=found.spec, classes=model.classes, channels_last=found.channels_last)
 
 
 def unlabeled_images(settings: Common, device: torch.device) -> Tensor:
@@ -86,7 +95,7 @@ def check_stream(stream: Stream, model: SourceModel, device: torch.device) -> No
         DataError: the labels go beyond the model's classes, or the images cannot be read or are of another size.
     """
     data = stream[0].images
-    data.check_classes(model.num_classes)
+    data.check_classes(model.num_classes, kept=model.spec.classes is not None)
     check_images(model, to_float(data.images[:1], device))
 
 

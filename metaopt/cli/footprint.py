@@ -22,7 +22,11 @@ def run(settings: FootprintSettings) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # of random weights, where there is no checkpoint
         model = load_source_model(
-            section.name, checkpoint=section.checkpoint, num_classes=section.num_classes, device=device
+            section.name,
+            checkpoint=section.checkpoint,
+            num_classes=section.num_classes,
+            classes=section.classes,
+            device=device,
         )
     images = one_batch(settings, model).to(device)
     check_images(model, images)

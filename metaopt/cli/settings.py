@@ -26,7 +26,9 @@ class ModelSettings:
 
     name: str
     checkpoint: PathSetting | None = None
-    num_classes: int | None = None  # None: as many as the architecture's default
+    num_classes: int | None = None  # of the checkpoint; None: as many as the architecture's default
+    # Logits that are kept, by their index; labels count within them. None: all.
+    classes: list[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the class count."""
@@ -71,7 +73,7 @@ class SpeedSettings(Common):
     """Settings of ``pretrain/speed.py``, which measures a meta-training."""
 
     LIFTED: ClassVar[Mapping[str, str]] = {
-        key: "meta" for key in ("batch_size", "seed", "generator", "objective", "parts")
+        key: "meta" for key in ("batch_size", "seed", "generator", "objective", "parts", "layers")
     }
     """Settings that stand at the top, but belong to a group."""
 
@@ -114,6 +116,8 @@ class OnlineSettings(Common):
     batch_size: int = 64
     memory: str | None = None  # None: dense, and with a budget pruned
     budget_mib: float | None = None  # bound on what is held for backward
+    compile: bool = False  # run the network by torch.compile
+    gather: int | None = None  # images that an update is made on at least; None: half of the policy's own batch
     seed: int = 0
     out: PathSetting = "runs/online"
     snapshot_every: int = 200  # batches from one saved state to the next, to resume from; 0: only when stopped
@@ -126,6 +130,8 @@ class OnlineSettings(Common):
         check_range("snapshot_every", self.snapshot_every, 0, example="200")
         self.memory = check_memory(self.memory, self.budget_mib)
         check_range("batch_size", self.batch_size, 1, example="64")
+        if self.gather is not None:
+            check_range("gather", self.gather, 1, example="32")
         check_range("seed", self.seed, 0, example="0")
         self.data.check_stream()
         check_policy(self.method, bool(self.policy_path), self.transfer)

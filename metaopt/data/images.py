@@ -48,33 +48,48 @@ class ImageSet:
             raise DataError(f"the limit is {limit}: at least 1 image is needed; give a larger one or none at all")
         return ImageSet(self.images[:limit], None if self.labels is None else self.labels[:limit])
 
-    def check_classes(self, num_classes: int) -> None:
-        """Refuse labels that a model of ``num_classes`` outputs cannot predict."""
-        if self.labels is not None and int(self.labels.max()) >= num_classes:
+    def check_classes(self, num_classes: int, *, kept: bool = False) -> None:
+        """Refuse labels that a model of ``num_classes`` outputs cannot predict.
+
+        Args:
+            num_classes: C.
+            kept: whether these are only some of the network's classes, so that labels count within them.
+        """
+        if self.labels is None or (highest := int(self.labels.max())) < num_classes:
+            return
+        if kept:
             raise DataError(
-                f"a label is {int(self.labels.max())}: the model has classes 0..{num_classes - 1}; "
-                "use labels and model of the same task"
+                f"a label is {highest}: model.classes keeps {num_classes} classes, which labels call "
+                f"0..{num_classes - 1} in that order; renumber the labels, or leave model.classes out"
             )
+        raise DataError(
+            f"a label is {highest}: the model has classes 0..{num_classes - 1}; use labels and model of the same task, "
+            "with model.num_classes as in the checkpoint"
+        )
 
 
-def check_image_shape(images: Tensor) -> None:
-    """Refuse anything but a non-empty (B, 3, H, W) tensor."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise DataError(f"images have shape {tuple(images.shape)}: (B, 3, H, W) RGB is needed; permute or stack them")
+def check_image_shape(images: Tensor, channels: int = 3) -> None:
+    """Refuse anything but a non-empty (B, channels, H, W) tensor."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        kind, fix = "(B, 3, H, W) RGB", "permute or stack them"
+        if channels != 3:
+            kind, fix = f"(B, {channels}, H, W)", "or mean and std of as many channels to SourceModel"
+        raise DataError(f"images have shape {tuple(images.shape)}: {kind} is needed; {fix}")
     if images.numel() == 0:
         raise DataError(f"images have shape {tuple(images.shape)}: at least one image is needed; the set is empty")
 
 
-def validate_images(images: Tensor) -> Tensor:
+def validate_images(images: Tensor, channels: int = 3) -> Tensor:
     """The images themselves, after checking that they are what a source model takes.
 
     Args:
-        images: (B, 3, H, W) floating point, finite, in [0, 1].
+        images: (B, channels, H, W) floating point, finite, in [0, 1].
+        channels: as many as the model takes.
 
     Raises:
         DataError: wrong shape, type or range, NaN or infinity, or an empty batch.
     """
-    check_image_shape(images)
+    check_image_shape(images, channels)
     if not images.is_floating_point():
         raise DataError(f"images have type {images.dtype}: floats in [0, 1] are needed; divide bytes by 255")
     low, high = (float(value) for value in images.detach().aminmax())

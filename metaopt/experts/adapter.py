@@ -118,7 +118,7 @@ def attach_experts(
     reference = next(model.parameters())
     if images is None:
         size = (model.spec.input_size or (3, _DEFAULT_SIDE, _DEFAULT_SIDE))[1:]
-        images = torch.zeros(1, 3, *size, dtype=reference.dtype, device=reference.device)
+        images = torch.zeros(1, model.spec.channels, *size, dtype=reference.dtype, device=reference.device)
     sites = find_sites(model.module, predicate, images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from metaopt.evaluation import MemoryMeter, Stopwatch
 from metaopt.experts.adapter import expert_layout, get_experts
 from metaopt.models import SourceModel
-from metaopt.parameters import adapted_layout
+from metaopt.parameters import adapted_layout, call_with
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def _held_and_flops(
     swapped = {**tensors, **{name: tensors[name].requires_grad_() for name in names}}
     meter = MemoryMeter([*model.parameters(), *model.buffers(), images])
     with torch.enable_grad(), meter, FlopCounterMode(display=False) as counter:
-        output = functional_call(model, swapped, (images, batch_statistics))
+        output = call_with(model, swapped, (images, batch_statistics))
     held = meter.held_mib  # while the output's graph is alive
     del output
     return held, counter.get_total_flops()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ModelError, check_one_of, check_range
-from metaopt.parameters import norm_kind
+from metaopt.norm_layers import norm_kind
 
 PLACEMENTS = ("beside", "after")
 

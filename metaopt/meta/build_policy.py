@@ -24,7 +24,7 @@ def build_policy(model: SourceModel, images: Tensor, config: MetaTrainConfig) ->
     """A policy that has learned nothing yet.
 
     Args:
-        model: source model; its tensors are frozen.
+        model: source model; it stays as it is.
         images: clean unlabeled images, (n, 3, H, W) in [0, 1], of which objective and parts take what they need.
         config: which parts it has.
 
@@ -33,7 +33,13 @@ def build_policy(model: SourceModel, images: Tensor, config: MetaTrainConfig) ->
     """
     learned = not build_meta_loss(config.loss).own_objective  # else its weights stay: it would be its own judge
     policy = new_policy(
-        model, config.generator, config.objective, config.parts, learned_objective=learned, seed=config.seed
+        model,
+        config.generator,
+        config.objective,
+        config.parts,
+        learned_objective=learned,
+        seed=config.seed,
+        layers=config.layers,
     )
     adapted = policy.attach(model).requires_grad_(False)
     layout = policy.layout(adapted)

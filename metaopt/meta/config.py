@@ -26,6 +26,7 @@ class MetaTrainConfig(TaskConfig, UnrollConfig):
     # Weight of each objective term at the start; learned with ``clean_teacher``.
     objective: dict[str, float] = field(default_factory=lambda: {"slr": 1.0, "diversity": 1.0})
     parts: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_PARTS))  # as metaopt.policy.MethodConfig.parts
+    layers: tuple[str, ...] | None = None  # as metaopt.policy.MethodConfig.layers
     continued: float = 0.5  # probability that a task begins where the one before it ended, of a policy with restoration
     loss: str = "clean_teacher"
     tempered: bool = True  # whether the clean teacher is compared at the best temperature
@@ -78,7 +79,7 @@ class MetaTrainConfig(TaskConfig, UnrollConfig):
         self._check_parts()
 
     def _check_parts(self) -> None:
-        parts = MethodConfig("policy", objective=self.objective, parts=self.parts).named_parts()
+        parts = MethodConfig("policy", objective=self.objective, parts=self.parts, layers=self.layers).named_parts()
         for name, learned in (("update_gate", self.gate_share is not None), ("pruning", self.learns_precision)):
             if learned and self.gradient != "first_order":
                 raise ConfigError(

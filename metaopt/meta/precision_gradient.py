@@ -19,7 +19,7 @@ be coarse.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,7 @@ from metaopt.activation_memory.importance import learning_layers
 from metaopt.activation_memory.layer_table import LayerTable
 from metaopt.activation_memory.learned_precision import LearnedPrecision
 from metaopt.activation_memory.precision import Precision
+from metaopt.norm_layers import channels_first
 from metaopt.types import Parameters
 
 
@@ -49,14 +50,15 @@ class _Layer:
     """What a forward pass showed of one normalisation layer."""
 
     normalised: Tensor  # x̂, channels in dimension 1 or last
-    output: Tensor  # of the layer, with its graph
+    output: Tensor  # of the normalisation, with its graph
     channels_first: bool
+    permuted: bool  # whether the output has its channels in dimension 1, and x̂, as the operator saw it, last
     weight: Tensor | None
     bias: Tensor | None
 
     def weight_gradient(self, delta: Tensor, normalised: Tensor, shape: torch.Size) -> Tensor:
         """Σ δ·x̂ over all but the weight's own dimensions."""
-        product = delta * normalised
+        product = (delta.movedim(1, -1) if self.permuted else delta) * normalised
         if self.channels_first:
             return product.sum(dim=[dim for dim in range(product.ndim) if dim != 1])
         return product.sum(dim=list(range(product.ndim - len(shape))))
@@ -80,27 +82,35 @@ class PrecisionProbe:
     @contextmanager
     def watching(self) -> Iterator["PrecisionProbe"]:
         """Inside it, forward passes are recorded."""
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(self._hook(name))
-            for name, tensor in self.learning.items()
-            if tensor.endswith("weight")
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, tensor in self.learning.items():
+                if tensor.endswith("weight"):
+                    self._watch(name, self.model.get_submodule(name), hooks)
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, name: str):
+    def _watch(self, name: str, module: nn.Module, hooks: ExitStack) -> None:
+        """Note what a layer normalises and gives; of layers that go on to an activation (timm's), what that takes."""
+        between: list[Tensor] = []
+
+        def entered(_child: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if between:
+                return None
+            between.append(inputs[0])
+            return (inputs[0].clone(), *inputs[1:])  # the activation may work in place
+
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            output = between.pop() if between else output
             with torch.no_grad():
-                normalised = _normalised(module, inputs[0])
-            if normalised is not None and output.requires_grad:
+                found = _normalised(module, inputs[0])
+            if found is not None and output.requires_grad:
+                normalised, permuted = found
                 first = isinstance(module, (_BatchNorm, nn.GroupNorm))
                 weight, bias = (getattr(module, role, None) for role in ("weight", "bias"))
-                self.layers.setdefault(name, []).append(_Layer(normalised, output, first, weight, bias))
+                self.layers.setdefault(name, []).append(_Layer(normalised, output, first, permuted, weight, bias))
 
-        return hook
+        for child in module.children():
+            hooks.callback(child.register_forward_pre_hook(entered).remove)
+        hooks.callback(module.register_forward_hook(hook).remove)
 
     def errors(self, loss: Tensor, table: LayerTable, like: Parameters) -> dict[str, Tensor]:
         """g_l(k) − g_l of each learning layer for each precision of the table's menu, (R, *shape) by the layer's name.
@@ -173,15 +183,18 @@ def soft_choices(
     return fixed + scale * (choices - fixed)
 
 
-def _normalised(module: nn.Module, x: Tensor) -> Tensor | None:
-    """x̂ of a layer's input; None for a kind of its own."""
+def _normalised(module: nn.Module, x: Tensor) -> tuple[Tensor, bool] | None:
+    """x̂ of a layer's input, and whether its channels were moved to the end for it; None for a kind of its own."""
     if isinstance(module, _BatchNorm):
         mean, var = module.running_mean, module.running_var
-        return functional.batch_norm(x, mean, var, training=mean is None, eps=module.eps)
-    if isinstance(module, nn.LayerNorm):
-        return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+        return functional.batch_norm(x, mean, var, training=mean is None, eps=module.eps), False
     if isinstance(module, nn.GroupNorm):
-        return functional.group_norm(x, module.num_groups, eps=module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return functional.rms_norm(x, list(module.normalized_shape), eps=module.eps)
-    return None
+        return functional.group_norm(x, module.num_groups, eps=module.eps), False
+    if not isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return None
+    shape = list(module.normalized_shape)
+    moved = len(shape) == 1 and x.ndim > 2 and channels_first(module, x)
+    x = x.movedim(1, -1) if moved else x
+    if isinstance(module, nn.LayerNorm):
+        return functional.layer_norm(x, shape, eps=module.eps), moved
+    return functional.rms_norm(x, shape, eps=module.eps), moved

@@ -26,8 +26,8 @@ def meta_train(
 
     Args:
         model: classifier with normalisation layers: a ``SourceModel``, or any module that takes images in [0, 1] (one
-            of timm's gets its own normalisation; wrap others in ``SourceModel(module, mean=..., std=...)``). Its
-            tensors are frozen, not changed.
+            of timm's gets its own normalisation; wrap others in ``SourceModel(module, mean=..., std=...)``). It
+            stays as it is.
         images: clean unlabeled images of the source domain, (n, 3, H, W) in [0, 1]; 128 are enough.
         shifts: what deployment may bring: names from ``metaopt.shift_names()``, or shifts of one's own from
             ``metaopt.register_shift``; None: speckle noise, gaussian blur, spatter, saturate, random
@@ -46,6 +46,8 @@ def meta_train(
     """
     config = config or MetaTrainConfig()
     source = model if isinstance(model, SourceModel) else SourceModel(model)
-    trainer = MetaTrainer(source, validate_images(images).to(source.mean.device), shifts, config, start=start)
+    trainer = MetaTrainer(
+        source, validate_images(images, source.spec.channels).to(source.mean.device), shifts, config, start=start
+    )
     with progress(config.total_unrolls, "Meta-training", quiet=quiet) as bar:
         return trainer.run(on_unroll=lambda loss: bar.update(loss=loss))

@@ -37,7 +37,7 @@ class MetaTrainer:
     """Learns one policy. :meth:`run` may be called again, in this process or after :meth:`load_state_dict` in another.
 
     Args:
-        model: source model; its tensors are frozen.
+        model: source model; it stays as it is.
         images: clean unlabeled images, (n, 3, H, W) in [0, 1]; they also give the source statistics.
         shifts: what to adapt to in training: registered names or shifts; None: those of the ``meta`` and
             ``wide`` families.
@@ -62,7 +62,7 @@ class MetaTrainer:
         self.config = config = config or MetaTrainConfig()
         if len(images) < 2:
             raise DataError(f"meta-training got {len(images)} images; at least 2 are needed: give for example 128")
-        self.source, self.images = model.requires_grad_(False), images
+        self.source, self.images = model, images
         self.monitor = monitor or Monitor(None)
         self.meta_loss = build_meta_loss(config.loss, config.tempered, config.balance)
         shifts = shifts or config.shifts or (*shift_names(META), *shift_names(WIDE))

@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from metaopt.norm_layers import is_norm
 
 _BLOCK_NAME = re.compile(
     r"Block|Bottleneck|BottleNeck|Residual|MBConv|DepthwiseSeparableConv|"
@@ -49,8 +50,7 @@ def _only_holds_blocks(module: nn.Module) -> bool:
 
 
 def _norm_layers(module: nn.Module) -> Iterator[str]:
-    kinds = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-    return (name for name, layer in module.named_modules() if name and isinstance(layer, kinds))
+    return (name for name, layer in module.named_modules() if name and is_norm(layer))
 
 
 def _channels_last_output(module: nn.Module, block: nn.Module, output: Tensor) -> bool:

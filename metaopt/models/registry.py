@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def load_source_model(
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
+    classes: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     channels_last: bool | None = None,
 ) -> SourceModel:
@@ -31,7 +33,8 @@ def load_source_model(
     Args:
         name: one of `OWN_MODELS` or any name of ``timm.list_models()``, with or without a pretrained tag.
         checkpoint: local weights (see `metaopt.models.weights.read_weights`); without, weights are random.
-        num_classes: C; by default timm's for that name.
+        num_classes: C of the network and its checkpoint; by default timm's for that name.
+        classes: the logits that are kept, by their index (see `SourceModel`); None: all.
         device: where the model goes.
         channels_last: memory format of convolution networks; by default on CPUs, for networks with BatchNorm, where it
             is faster (see `SourceModel`).
@@ -51,7 +54,7 @@ def load_source_model(
     if channels_last is None:
         channels_last = device.type == "cpu" and any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
     spec = ModelSpec(name, spec.num_classes, spec.input_size, mean or spec.mean, std or spec.std)
-    return SourceModel(module.to(device), spec=spec, channels_last=channels_last)
+    return SourceModel(module.to(device), spec=spec, classes=classes, channels_last=channels_last)
 
 
 def _create(name: str, num_classes: int | None) -> nn.Module:
@@ -66,8 +69,8 @@ def _create(name: str, num_classes: int | None) -> nn.Module:
             f"no model '{name}'; nearest are {', '.join(nearest or OWN_MODELS)}: give one of these or any name of "
             "timm.list_models()"
         )
-    if num_classes is not None and num_classes < 1:
-        raise ModelError(f"num_classes={num_classes}; allowed is 1 or more: give the model's class count")
+    if num_classes is not None and num_classes < 2:
+        raise ModelError(f"num_classes={num_classes}; allowed is 2 or more: give the model's class count")
     arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=False, **arguments)

@@ -18,8 +18,12 @@ from metaopt.data.images import check_image_shape
 from metaopt.errors import DataError, ModelError
 from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
+from metaopt.models.compiled import CompiledForward
+from metaopt.models.identify import Identity, identify
 from metaopt.models.source_prior import ChannelMoments, Recorded, SourcePrior, complete, recording_hooks
-from metaopt.models.spec import CUSTOM_PREFIX, ModelSpec, triple
+from metaopt.models.spec import ModelSpec, channel_values, class_indices
+from metaopt.models.unwrap import unwrapped
+from metaopt.norm_layers import fixed_tensors
 from metaopt.types import HALF, ForwardOutput, widened
 
 
@@ -27,38 +31,49 @@ class SourceModel(nn.Module):
     """Wraps ``module`` so that it takes images in [0, 1] and gives logits and features.
 
     The module is held, not copied, and is set to ``eval()``. Names of its tensors are those of the module after
-    ``"module."``. It works under `torch.func.functional_call` and `copy.deepcopy`, in any floating type, on any device.
+    ``"module."``. Of wrappers (``DataParallel``, ``torch.compile``, averaged copies, ``nn.Sequential(normalize,
+    network)`` around a network of timm) it holds what is inside, so that a network has one identity. It works under
+    `torch.func.functional_call` and `copy.deepcopy`, in any floating type, on any device.
 
     Args:
-        module: any classifier of RGB images; its output is (B, C) logits, or an object with such ``logits``.
+        module: any classifier of images; its output is (B, C) logits, or an object with such ``logits``.
         spec: identity of the network; by default read off the module (timm's ``pretrained_cfg``, its last layer).
-        mean: per-channel mean of the training images, in [0, 1]; wins over ``spec``.
+        mean: per-channel mean of the training images, in [0, 1], as numbers, an array or a tensor; wins over ``spec``.
+            As many as the images have channels: 1 or 13 as well as 3.
         std: per-channel standard deviation; wins over ``spec``.
+        classes: the logits that are kept, by their index; ``num_classes`` is then their number, and labels count
+            within them. None: all.
         blocks: names of the modules whose outputs are the features; by default those of
             `metaopt.models.blocks.find_blocks`.
         channels_last: keep convolution weights and images in the channels-last memory format, on which BatchNorm
             ResNets run 1.3 to 1.8 times as fast on CPUs.
 
     Raises:
-        ModelError: a block's name is unknown, or the class count cannot be told.
+        ModelError: a block's name is unknown, the class count or the normalisation cannot be told, or a value is of
+            no use.
     """
 
     mean: Tensor
     std: Tensor
+    kept: Tensor | None
 
     def __init__(
         self,
         module: nn.Module,
         *,
         spec: ModelSpec | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] | Tensor | None = None,
+        std: Sequence[float] | Tensor | None = None,
+        classes: Sequence[int] | Tensor | None = None,
         blocks: Sequence[str] | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.module = module
-        self.spec = _complete_spec(module, spec, mean, std)
+        given = {label: channel_values(label, v) for label, v in (("mean", mean), ("std", std)) if v is not None}
+        module = unwrapped(module)
+        known = identify(module, given) if spec is None else Identity(module, replace(spec, **given))
+        module = self.module = known.module
+        self.spec = known.spec if classes is None else _subset(known.spec, classes)
         self.blocks = tuple(find_blocks(module) if blocks is None else blocks)
         modules = dict(module.named_modules())
         for name in self.blocks:
@@ -70,13 +85,18 @@ class SourceModel(nn.Module):
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         # Not persistent: a state_dict holds the network's own tensors and nothing else.
         for name, values in (("mean", self.spec.mean), ("std", self.spec.std)):
-            constant = torch.tensor(values, dtype=reference.dtype, device=reference.device).view(1, 3, 1, 1)
+            constant = torch.tensor(values, dtype=reference.dtype, device=reference.device).view(1, -1, 1, 1)
             self.register_buffer(name, constant, persistent=False)
+        kept = self.spec.classes
+        indices = None if kept is None else torch.tensor(kept, device=reference.device)
+        self.register_buffer("kept", indices, persistent=False)
+        self.compiled: CompiledForward | None = None  # runs in the network's place, where it can
+        self.fixed: frozenset[str] | None = None  # affine tensors that do not adapt; None: as their flags say
         self.eval()
 
     @property
     def num_classes(self) -> int:
-        """C, the number of logits."""
+        """C, the number of logits, those of the classes that are kept."""
         return self.spec.num_classes
 
     def weights_sha256(self, dtype: torch.dtype | None = None) -> str:
@@ -84,23 +104,46 @@ class SourceModel(nn.Module):
         return weights_sha256(self.module, dtype)
 
     def skeleton(self) -> "SourceModel":
-        """Another model of the same network: its modules are copies, every parameter and buffer is shared.
+        """Another model of the same network: its modules are copies, every parameter and buffer has the same storage.
 
         What a forward pass does to modules (tensors that stand in for others, hooks) stays in the skeleton that it runs
-        on, so that several threads may each run one of their own.
+        on, so that several threads may each run one of their own. Its parameters require no gradients; those of the
+        network keep their flags. Where the network is moved or cast later, a skeleton stays as it is.
 
         Raises:
             ModelError: a module of the network cannot be copied.
         """
-        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        shared: dict[int, object] = {id(tensor): tensor for tensor in self.buffers()}
         try:
-            return copy.deepcopy(self, shared)
+            shared |= {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in self.parameters()}
+            with self.uncompiled():
+                found = copy.deepcopy(self, shared)
         except (TypeError, RuntimeError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(
                 f"{type(self.module).__name__} cannot be copied ({reason}); adapters run a copy of the modules that "
                 "shares their tensors: keep what cannot be copied out of the modules' attributes"
             ) from error
+        if self.fixed is None:
+            found.fixed = fixed_tensors(self)
+        return found.eval()  # whatever its user has set since
+
+    def compile_network(self, *, learns: bool = True) -> None:
+        """From now on, run the network by ``torch.compile`` (`metaopt.models.compiled.CompiledForward`).
+
+        Raises:
+            ModelError: there is no compiler for it.
+        """
+        self.compiled = CompiledForward(self.module, learns=learns)
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within this context the network runs as it is, so that hooks on its modules are called."""
+        before, self.compiled = self.compiled, None
+        try:
+            yield
+        finally:
+            self.compiled = before
 
     def train(self, mode: bool = True) -> "SourceModel":
         """Stay in ``eval()`` whatever is asked: only BatchNorm's statistics change mode, by ``batch_statistics``."""
@@ -118,7 +161,7 @@ class SourceModel(nn.Module):
         """Logits in the network's type, and each block's features where asked, in float32 at least.
 
         Args:
-            images: (B, 3, H, W), floating, in [0, 1]; brought to the network's type.
+            images: (B, channels, H, W), floating, in [0, 1]; of most networks (B, 3, H, W). Brought to the network's type.
             batch_statistics: BatchNorm layers normalise by this batch instead of by their running buffers, which stay
                 untouched in either case. A layer that has one value for each channel of a single image goes on with its
                 buffers.
@@ -131,8 +174,8 @@ class SourceModel(nn.Module):
         Raises:
             DataError: the images' shape does not fit the model, or there are none; or a layer without running buffers
                 gets one value for each channel.
-            ModelError: features are asked of a model without blocks, or a block did not run; or the prior has another
-                number of layers.
+            ModelError: the network gives anything but (B, C) logits; features are asked of a model without blocks, or a
+                block did not run; or the prior has another number of layers.
         """
         self._check_shape(images)
         inputs = ((images - self.mean) / self.std).to(self.mean.dtype)  # the same tensor where types agree
@@ -140,9 +183,9 @@ class SourceModel(nn.Module):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         statistics = _batch_statistics(self.module, batch_statistics, prior, stream, record, inputs)
         features_of = self._recorded_features(images.shape[0]) if features else nullcontext({})
-        with _single_values_refused(self.module), statistics:
-            with features_of as recorded:
-                logits = _logits(self.module(inputs))
+        run = self.module if self.compiled is None or features else self.compiled
+        with _single_values_refused(self.module), statistics, features_of as recorded:
+            logits = self._logits(run(inputs), len(images))
         if record is not None:
             complete(record, self.module)
         if not features:
@@ -155,8 +198,25 @@ class SourceModel(nn.Module):
             )
         return ForwardOutput(logits, tuple(recorded[name] for name in self.blocks))
 
+    def _logits(self, output: Any, batch_size: int) -> Tensor:
+        """What the network gave as (B, C) logits of the classes that are kept."""
+        logits = _logits(output, batch_size)
+        if self.kept is None and logits.shape[1] != self.num_classes:
+            raise ModelError(
+                f"the model gives {logits.shape[1]} logits and its class count is {self.num_classes}; allowed is the "
+                f"same: give SourceModel(module, spec=ModelSpec({self.spec.name!r}, {logits.shape[1]}))"
+            )
+        if self.kept is None:
+            return logits
+        if logits.shape[1] <= max(self.spec.classes or ()):
+            raise ModelError(
+                f"the model gives {logits.shape[1]} logits and classes reach to {max(self.spec.classes or ())}; "
+                f"allowed is 0 to {logits.shape[1] - 1}: give other classes"
+            )
+        return logits.index_select(1, self.kept)
+
     def _check_shape(self, images: Tensor) -> None:
-        check_image_shape(images)
+        check_image_shape(images, self.spec.channels)
         fixed = getattr(getattr(self.module, "patch_embed", None), "strict_img_size", False)
         if fixed and self.spec.input_size is not None and tuple(images.shape[1:]) != self.spec.input_size:
             _, height, width = self.spec.input_size
@@ -237,7 +297,13 @@ def _single_values_refused(module: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _logits(output: Any) -> Tensor:
+def _subset(spec: ModelSpec, classes: Sequence[int] | Tensor) -> ModelSpec:
+    """The spec of a network with some of its logits."""
+    kept = class_indices(classes, None if spec.classes is not None else spec.num_classes)
+    return replace(spec, num_classes=len(kept), classes=kept)
+
+
+def _logits(output: Any, batch_size: int) -> Tensor:
     """A network's output as logits: itself, or its ``logits`` (transformers)."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -245,35 +311,10 @@ def _logits(output: Any) -> Tensor:
             f"the model returns {type(output).__name__}; allowed is a tensor of logits or an object with one as "
             "'logits': wrap the model"
         )
-    return logits
-
-
-def _complete_spec(
-    module: nn.Module, spec: ModelSpec | None, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> ModelSpec:
-    """The spec given, or one read off the module, with the normalisation that was asked for."""
-    if spec is None:
-        cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
-        cfg = cfg if isinstance(cfg, dict) else {}
-        spec = ModelSpec(
-            name=cfg.get("architecture") or f"{CUSTOM_PREFIX}{type(module).__name__}",
-            num_classes=_count_classes(module),
-            input_size=tuple(cfg["input_size"]) if cfg.get("input_size") else None,
-            mean=triple("mean", cfg.get("mean") or ModelSpec.mean),
-            std=triple("std", cfg.get("std") or ModelSpec.std),
+    if logits.ndim != 2 or logits.shape[0] != batch_size or logits.shape[1] < 2:
+        raise ModelError(
+            f"the model gives logits of shape {tuple(logits.shape)} for {batch_size} images; allowed is (B, C) with C "
+            "of 2 or more, one row for each image: wrap the model so that it gives that, maps averaged over space and "
+            "a single logit z as (0, z)"
         )
-    given = {"mean": mean, "std": std}
-    return replace(spec, **{label: triple(label, values) for label, values in given.items() if values is not None})
-
-
-def _count_classes(module: nn.Module) -> int:
-    count = getattr(module, "num_classes", None)
-    if isinstance(count, int):
-        return count
-    for layer in reversed(list(module.modules())):
-        if isinstance(layer, nn.Linear):
-            return layer.out_features
-    raise ModelError(
-        f"cannot tell the class count of {type(module).__name__}: it has no 'num_classes' and no linear layer; "
-        "give SourceModel(module, spec=ModelSpec(name, num_classes))"
-    )
+    return logits

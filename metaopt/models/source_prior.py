@@ -203,9 +203,7 @@ def recording_hooks(module: nn.Module, record: Recorded) -> list[RemovableHandle
         return hook
 
     layers = [module.get_submodule(name) for name in prior_layers(module)]
-    return [
-        layer.register_forward_pre_hook(noting(place, layer.running_mean)) for place, layer in enumerate(layers)
-    ]
+    return [layer.register_forward_pre_hook(noting(place, _buffers(layer)[0])) for place, layer in enumerate(layers)]
 
 
 def complete(record: Recorded, module: nn.Module) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from metaopt.errors import CheckpointError
 from metaopt.files import existing_file, is_finite, safe_load
-from metaopt.models.spec import Triple
+
+Triple = tuple[float, float, float]
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
 _DEPTH = 10

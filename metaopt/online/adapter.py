@@ -1,6 +1,7 @@
 """Deployment: a model that predicts and adapts, batch by batch."""
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from metaopt.policy.step import adaptation_step, evaluate_on, loss_of, predict_o
 from metaopt.types import Parameters, StepOutput
 
 BROKEN = "broken_images"  # event: some of the batch are no images, and were left out
+_LOG = logging.getLogger(__name__)
 
 _frozen: ContextVar[tuple["FrozenAdapter", ...]] = ContextVar("frozen", default=())
 """What this thread (or task) has frozen, the latest last: another's calls are not concerned."""
@@ -47,8 +49,9 @@ class OnlineAdapter:
 
     The source model never changes: the adapter runs a skeleton of its own, which shares the network's tensors and has
     its experts, and keeps the adapted tensors beside it. So adapters in several threads may share one network, and
-    threads may share an adapter: its calls run one after another, each as a whole. Creating an adapter only freezes the
-    model (its tensors no longer require gradients).
+    threads may share an adapter: its calls run one after another, each as a whole. Layers whose tensors its user has
+    frozen (``requires_grad_(False)``), where others are not, do not adapt. Where the network is moved or cast later, the
+    adapter goes on as it is.
 
     An image with NaN, or with a pixel far outside [0, 1], is left out: its logits are NaN, the rest of its batch goes on
     as if it had come alone, and the event ``broken_images`` is counted. Batches much smaller than those that the policy
@@ -67,6 +70,9 @@ class OnlineAdapter:
         profiles: what dry runs tell of the model, shared among adapters of one model and objective; None: its own.
         gather: images that an update is made on at least; None: half of a batch of the policy's meta-training, and 1
             for a method without.
+        compile: run the network by ``torch.compile``: the first batch of a shape takes a minute or so longer. Where
+            activations are kept small, or a term reads features, passes that are learned from run uncompiled, and a
+            line in the log says so.
 
     Raises:
         CheckpointError: the policy was trained on another model.
@@ -83,6 +89,7 @@ class OnlineAdapter:
         memory: str = "dense",
         budget_mib: float | None = None,
         profiles: Profiles | None = None,
+        compile: bool = False,
         gather: int | None = None,
     ) -> None:
         named = f"build_method(load_method({policy!r}))" if isinstance(policy, str) else "build_method(config)"
@@ -101,6 +108,8 @@ class OnlineAdapter:
         elif "pruning" in self.policy.parts:  # with nothing to choose, nothing is remembered of the layers either
             del self.policy.parts["pruning"]
         self.memory = ActivationMemory(config, pruning.allocation, profiles)
+        if compile:
+            self._compile()
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, is_finite)
         self.events: Counter[str] = Counter()  # batches on which something out of the ordinary was done, by its name
         self.gathering = Gathering.of(self.policy) if gather is None else Gathering(gather)
@@ -111,6 +120,15 @@ class OnlineAdapter:
         self.state: State
         self._lock = RLock()
         self.reset()
+
+    def _compile(self) -> None:
+        """Compile the network, and say which passes stay as they are."""
+        memory, objective = self.memory.config.memory, self.policy.objective
+        self.model.compile_network(learns=memory == "dense")
+        if objective is not None and memory != "dense":
+            _LOG.warning("compile: memory=%s sees each operator, so that passes with a gradient run uncompiled", memory)
+        elif objective is not None and "features" in objective.needs:
+            _LOG.warning("compile: the objective reads features of the blocks, so that its passes run uncompiled")
 
     @property
     def position(self) -> int:

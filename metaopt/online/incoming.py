@@ -34,12 +34,16 @@ def as_images(given: Any, like: Tensor) -> Tensor:
         except TypeError as error:
             raise DataError(f"images are an array of {given.dtype}; allowed are floats in [0, 1] or bytes") from error
     if not isinstance(given, Tensor):
-        raise DataError(f"images are a {type(given).__name__}{_hint(given)}; allowed is a tensor (B, 3, H, W) in [0, 1]")
+        raise DataError(
+            f"images are a {type(given).__name__}{_hint(given)}; allowed is a tensor (B, 3, H, W) in [0, 1]"
+        )
     if given.ndim != 4:
         fix = "add a dimension by images[None]" if given.ndim == 3 else "give a batch of images"
         raise DataError(f"images have shape {tuple(given.shape)}; allowed is (B, 3, H, W): {fix}")
     if given.numel() == 0:
-        raise DataError(f"images have shape {tuple(given.shape)}; at least one image is needed: leave empty batches out")
+        raise DataError(
+            f"images have shape {tuple(given.shape)}; at least one image is needed: leave empty batches out"
+        )
     if given.shape[-1] in (1, 3, 4) and given.shape[1] > 4:
         raise DataError(
             f"images have shape {tuple(given.shape)}, with the channels last; allowed is (B, 3, H, W): "

@@ -1,6 +1,6 @@
 """Compose a method from its parts: what the files under ``configs/method/`` say, made into a policy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ class MethodConfig:
         objective: weight of each term; without one above 0, the policy's, with its learned weights.
         objective_from_policy: take that where a policy is given, and ``objective`` where none is.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
+        layers: patterns of the norm layers that adapt, such as ``["layer3*"]``; None: all, or those of the policy.
         parts: settings of each part by its name: a mapping of those that differ from its defaults, or a plain value
             for the first; true for the one that the policy has learned, where one is given; false or null for none.
         inherit: have all parts of the policy that ``parts`` does not name.
@@ -44,6 +45,7 @@ class MethodConfig:
     objective: dict[str, float] = field(default_factory=dict)
     objective_from_policy: bool = False
     adapts: str = "norm"
+    layers: tuple[str, ...] | None = None
     parts: dict[str, Any] = field(default_factory=dict)
     inherit: bool = False
 
@@ -54,6 +56,7 @@ class MethodConfig:
         for key in ("rule", "objective", "parts"):
             if not isinstance(values := getattr(self, key), Mapping):
                 raise ConfigError(f"method.{key} is {values!r}; it takes a mapping of settings: set {{}} for none")
+        self._check_layers()
         named = self.named_parts()
         if self.adapts.startswith("experts") and "experts" not in named:
             raise ConfigError(
@@ -77,6 +80,20 @@ class MethodConfig:
             raise ConfigError(
                 f"method.rule does not go with update={self.update}; allowed are {', '.join(registry.RULES)}: leave it "
                 "out"
+            )
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        if isinstance(self.layers, str) or not self.layers or not all(isinstance(each, str) for each in self.layers):
+            raise ConfigError(
+                f"method.layers is {self.layers!r}; allowed are patterns of names of norm layers, or null for all: set "
+                "for example method.layers=[layer3*]"
+            )
+        if self.adapts not in RESTORABLE:
+            raise ConfigError(
+                f"method.layers does not go with adapts={self.adapts}, which adapts more than norm layers, or none; "
+                f"allowed are {', '.join(RESTORABLE)}: set method.adapts=norm, or leave method.layers out"
             )
 
     def named_parts(self) -> dict[str, Any]:
@@ -138,7 +155,7 @@ def build_method(
         check_kind("policy", policy, AdaptationPolicy, "a policy or None", "give AdaptationPolicy.load(path)")
     if seed is not None:
         check_range("seed", seed, 0, example="0")
-    parts = _parts(config, policy)
+    parts, layers = _parts(config, policy), _layers(config, policy)
     seed = (0 if policy is None else policy.seed) if seed is None else seed
     if config.update == "none":
         return AdaptationPolicy(config.name, parts=parts, seed=seed)
@@ -153,6 +170,7 @@ def build_method(
         parts,
         policy.adapts if policy is not None and from_policy else config.adapts,
         seed,
+        layers=layers,
     )
     if policy is not None:
         method.source, method.training = policy.source, policy.training
@@ -168,6 +186,19 @@ def _check_adapts(config: MethodConfig, policy: AdaptationPolicy | None) -> None
         "generator has learned step sizes of those tensors alone: leave method.adapts out, or run a hand-made rule on "
         "the policy's objective, method=adam"
     )
+
+
+def _layers(config: MethodConfig, policy: AdaptationPolicy | None) -> tuple[str, ...] | None:
+    """Patterns of the layers that adapt: those of the policy, where its generator is used."""
+    asked = None if config.layers is None else tuple(config.layers)
+    if policy is None or config.update != "generator":
+        return asked
+    if asked not in (None, policy.layers):
+        raise ConfigError(
+            f"method.layers is {list(asked or ())} and the policy has learned for {policy.layers or 'all'}; allowed "
+            "are the policy's: leave it out, or meta-train with layers=[...]"
+        )
+    return policy.layers
 
 
 def _check_teacher(name: str, objective: WeightedObjective, parts: list[Part]) -> None:
@@ -275,6 +306,7 @@ def new_policy(
     *,
     learned_objective: bool = True,
     seed: int = 0,
+    layers: Sequence[str] | None = None,
 ) -> AdaptationPolicy:
     """A policy before meta-training, drawn from ``seed``: it is tied to no model yet.
 
@@ -285,6 +317,7 @@ def new_policy(
         parts: settings of each part, as `MethodConfig.parts` says.
         learned_objective: whether weights, and what could make an objective cheap, are learned.
         seed: of the generator's and the parts' first values, and of what the policy draws online.
+        layers: patterns of the norm layers that adapt, as `MethodConfig.layers`; None: all.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -301,6 +334,7 @@ def new_policy(
     weights = {name: weight for name, weight in given.items() if weight != 0}
     named = MethodConfig("policy", parts=dict(parts)).named_parts()
     adapts = "experts_norm" if "experts" in named else "norm"
+    model = AdaptationPolicy("policy", layers=layers).restricted(model)
 
     def build(name: str) -> Part:
         return registry.get("part", name).build(named[name][1], model, seed)
@@ -317,4 +351,4 @@ def new_policy(
             part.requires_grad_(False)
     learned = WeightedObjective(weights, learned=learned_objective)
     _check_teacher("policy", learned, found)
-    return AdaptationPolicy("policy", learned, rule, found, adapts, seed)
+    return AdaptationPolicy("policy", learned, rule, found, adapts, seed, layers=layers)

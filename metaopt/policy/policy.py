@@ -15,9 +15,10 @@ from metaopt import registry
 from metaopt.errors import CheckpointError, check_one_of
 from metaopt.files import atomic_save, is_finite, safe_load, says
 from metaopt.models import SourceModel
+from metaopt.norm_layers import chosen_layers
 from metaopt.objectives import WeightedObjective
 from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
-from metaopt.parameters import ParameterLayout
+from metaopt.parameters import ParameterLayout, adapted_layout
 from metaopt.policy.adapts import ADAPTS, layout_of
 from metaopt.policy.part import Part
 from metaopt.policy.policy_file import check_fields, check_weights
@@ -41,6 +42,7 @@ class AdaptationPolicy(nn.Module):
         parts: in the order in which they act where several do so at the same place; what one uses is added behind it.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
         seed: of what is drawn online: augmented views, and a teacher's restores.
+        layers: patterns of the normalisation layers that adapt (`metaopt.norm_layers.chosen_layers`); None: all.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class AdaptationPolicy(nn.Module):
         parts: Sequence[Part] = (),
         adapts: str = "norm",
         seed: int = 0,
+        layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if (objective is None) != (rule is None):
             raise ValueError("an objective needs an update rule, and an update rule an objective")
         self.method, self.adapts, self.seed = method, adapts, seed
         self.objective, self.rule = objective, rule
+        self.layers = None if layers is None else tuple(layers)
         named = {part.name: part for part in parts}
         for part in parts:
             for kind in part.uses:
@@ -104,11 +108,23 @@ class AdaptationPolicy(nn.Module):
         """The model that the method adapts: a skeleton of its own, which shares every tensor with the one given.
 
         Raises:
-            ModelError: the model has no place for experts.
+            ModelError: the model has no place for experts, or not the layers that adapt.
         """
-        model = model.skeleton()
+        model = self.restricted(model)
         for part in self.listed:
             model = part.attach(model)
+        return model
+
+    def restricted(self, model: SourceModel) -> SourceModel:
+        """A skeleton of the model in which the layers of this policy alone adapt.
+
+        Raises:
+            ModelError: the model has no such layers.
+        """
+        model = model.skeleton()
+        if self.layers is not None:
+            assert model.fixed is not None
+            model.fixed |= chosen_layers(model, self.layers)
         return model
 
     def layout(self, model: SourceModel) -> ParameterLayout:
@@ -127,7 +143,7 @@ class AdaptationPolicy(nn.Module):
             images: gives them, (n, 3, H, W) in [0, 1]; called only where something is needed that is not there yet.
             batch_size: images at a time.
         """
-        model = model.skeleton() if isinstance(model, SourceModel) else model
+        model = self.restricted(model) if isinstance(model, SourceModel) else model
         if self.objective is not None:
             self.objective.prepare(model, images, batch_size)
         for part in self.listed:
@@ -163,6 +179,7 @@ class AdaptationPolicy(nn.Module):
             "method": self.method,
             "adapts": self.adapts,
             "seed": self.seed,
+            "layers": None if self.layers is None else list(self.layers),
             "generator": asdict(self.rule.config),
             "tensors": list(self.rule.tensors),
             "objective": self.objective.to_dict(),
@@ -230,6 +247,7 @@ class AdaptationPolicy(nn.Module):
             [registry.get("part", name).from_dict(part) for name, part in values["parts"].items()],
             values["adapts"],
             int(values.get("seed", 0)),  # which files of older releases lack
+            layers=values.get("layers"),  # files from before there was a choice have none
         )
 
     def save(self, path: str | Path) -> None:
@@ -254,7 +272,17 @@ class AdaptationPolicy(nn.Module):
         """Refuse a model that the policy was not trained on. A method that was never trained fits any model.
 
         Raises:
-            CheckpointError: another architecture, class count, normalisation or weights.
+            CheckpointError: another architecture, class count, normalisation or weights, or other layers that adapt.
         """
-        if self.source is not None and isinstance(model, SourceModel):
-            self.source.check(model)
+        if self.source is None or not isinstance(model, SourceModel):
+            return
+        self.source.check(model)
+        if isinstance(self.rule, GradientGenerator) and self.rule.tensors and self.adapts in ("norm", "experts_norm"):
+            known = {name for name in self.rule.tensors if not name.startswith("experts.")}
+            found = set(adapted_layout(self.restricted(model)).names)
+            if known != found:
+                raise CheckpointError(
+                    f"the policy adapts {len(known)} tensors of norm layers and of this model {len(found)} would, "
+                    f"'{min(known ^ found)}' for one differs; allowed are the same: set requires_grad of the norm "
+                    "layers as in meta-training"
+                )

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from metaopt.parameters import call_with
 from metaopt.types import ForwardOutput, Parameters, widened
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -65,7 +65,7 @@ def run_network(
             name: (tensor if scale is None else scale.taken_in(tensor)).to(own[name].dtype)
             for name, tensor in tensors.items()
         }
-        output: ForwardOutput = functional_call(model, inside, (images,), dict(how))
+        output: ForwardOutput = call_with(model, inside, (images,), how)
     output = output._replace(logits=widened(output.logits), features=tuple(map(widened, output.features)))
     return output if scale is None else scale.given_out(output)
 

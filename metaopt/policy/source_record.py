@@ -75,6 +75,11 @@ class SourceRecord:
                 f"the policy was trained on {trained.num_classes} classes and the model has {given.num_classes}; "
                 "allowed is the same number: load the model that the policy was trained on"
             )
+        if trained.classes != given.classes:
+            raise CheckpointError(
+                f"the policy was trained on {_kept(trained)} and the model keeps {_kept(given)}; allowed are the same "
+                "classes: set model.classes, or SourceModel(..., classes=...), as in meta-training"
+            )
         if (trained.mean, trained.std) != (given.mean, given.std):
             raise CheckpointError(
                 f"the policy's model normalised images by {trained.mean} and {trained.std}, this one by {given.mean} "
@@ -108,3 +113,11 @@ def _types(model: SourceModel) -> tuple[str, ...]:
     tensors = model.module.state_dict().values()
     names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()}
     return tuple(sorted(names))
+
+
+def _kept(spec: ModelSpec) -> str:
+    """Which of a network's logits count, in a few words."""
+    if spec.classes is None:
+        return "all logits"
+    shown = ", ".join(map(str, spec.classes[:5])) + (", ..." if len(spec.classes) > 5 else "")
+    return f"logits [{shown}]"

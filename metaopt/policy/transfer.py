@@ -44,6 +44,8 @@ def transferred(policy: AdaptationPolicy, model: SourceModel) -> tuple[Adaptatio
     for term in before.objective.named_terms.values():
         term.load_dict({})
     notes.append("objective weights: as learned")
+    if policy.layers is not None:
+        notes.append(f"layers: {', '.join(policy.layers)} were the other model's; all norm layers of this one adapt")
     parts = []
     for part in before.listed:
         found, words = part.transferred(model)

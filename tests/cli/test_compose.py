@@ -173,7 +173,7 @@ def test_any_path_arrives_as_it_was_written(path: str) -> None:
 @pytest.mark.parametrize("name", ["resnet50", "vit_base_patch16_224.augreg_in21k", "hf_hub:timm/resnet50.a1_in1k"])
 def test_any_other_model_name_is_a_timm_name(name: str) -> None:
     config = online("method=bn", f"model={name}", "model.checkpoint=weights.safetensors", "model.num_classes=7")
-    assert dataclasses.astuple(config.model) == (name, "weights.safetensors", 7)
+    assert dataclasses.astuple(config.model) == (name, "weights.safetensors", 7, None)
 
 
 def test_lists_may_be_written_with_and_without_brackets() -> None:

@@ -1,7 +1,11 @@
 """How unrolls answer for learned precisions: gradients at each against autograd's, and what reaches the head."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, GroupNormAct, LayerNorm2d, LayerNormAct2d  # type: ignore[attr-defined]
+from torch import nn
 
 from metaopt.activation_memory import LayerTable, LearnedPrecision, Precision, Profile, SavedActivations
 from metaopt.activation_memory.importance import learning_layers
@@ -12,12 +16,14 @@ from metaopt.meta.meta_gradient import meta_gradient
 from metaopt.meta.precision_gradient import BudgetTask, PrecisionProbe, Spoiled
 from metaopt.meta.selection import selection_loss
 from metaopt.meta.unroll import MetaBatch, UnrollConfig
+from metaopt.models import SourceModel, load_source_model
 from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import adapted_layout, detached
-from metaopt.policy import AdaptationPolicy
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.method import DEFAULT_PARTS
 from metaopt.policy.parts.pruning import LEARNED, Pruning, PruningConfig
 from metaopt.policy.step import evaluate_on
+from metaopt.policy.step import loss_of as loss_from
 
 from ..tiny import random_images, tiny_config, tiny_model, tiny_policy
 
@@ -76,6 +82,56 @@ def test_the_last_layers_gradient_is_the_engines(bits: int) -> None:
     assert not bool((found["module.bn2.bias"] != 0).any())
     error = (coded[name] - exact[name]).square().sum() / exact[name].square().sum()
     torch.testing.assert_close(spoiled.noise[name], error, rtol=1e-2, atol=1e-6)
+
+
+class OneNorm(nn.Module):
+    """A single norm layer, behind which nothing is kept in a code."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 12, 3, padding=1), norm(12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.conv(x)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("norm", [BatchNormAct2d, LayerNormAct2d, LayerNorm2d, GroupNormAct, nn.BatchNorm2d])
+@pytest.mark.parametrize("side", [12, 8])  # 12: maps as wide as they have channels
+def test_layers_over_maps_and_with_activations_are_met_as_they_compute(norm, side: int) -> None:
+    torch.manual_seed(0)
+    options = {"num_groups": 3} if norm is GroupNormAct else {}
+    model = SourceModel(OneNorm(lambda width: norm(width, **options)))
+    with torch.no_grad():
+        for tensor in model.module.norm.parameters():  # type: ignore[union-attr]
+            tensor.add_(0.3 * torch.randn(tensor.shape))
+    images = torch.rand(16, 3, side, side)
+    policy = build_method(MethodConfig("tent", update="adam", objective={"entropy": 1.0}))
+    leaves = detached(adapted_layout(model).take(model))
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        return loss_from(evaluate_on(policy, model, leaves, batch))
+
+    probe, name = PrecisionProbe(model, learning_layers(leaves)), "module.norm.weight"
+    with probe.watching():
+        loss = loss_of(images)
+    (layer,) = probe.layers["module.norm"]
+    (delta,) = torch.autograd.grad(loss, [layer.output], retain_graph=True)
+    exact = gradients_of(loss, leaves, retain_graph=True)[name]
+    torch.testing.assert_close(layer.weight_gradient(delta, layer.normalised, exact.shape), exact, rtol=1e-4, atol=1e-7)
+    assert torch.equal(loss, loss_of(images))  # as without the probe
+    table = Profile(model, loss_of, leaves, images).table(len(images))
+    errors = probe.errors(loss, table, leaves)["module.norm"]
+    assert not bool(errors[table.menu.index(Precision())].any())
+    assert bool(torch.isfinite(errors).all()) and bool(errors[table.menu.index(Precision(2))].any())
+
+
+@pytest.mark.slow
+def test_precisions_are_learned_on_the_transformer_of_the_digits() -> None:
+    model = load_source_model("digits_vit")
+    config = tiny_config(parts={**DEFAULT_PARTS, "pruning": LEARNED}, steps=1, first_steps=1, epochs=1, unrolls=1)
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    policy = MetaTrainer(model, images, ["gaussian_blur"], config).run()
+    assert isinstance(policy.part("pruning").allocation, LearnedPrecision)
 
 
 def test_noise_counts_by_what_the_layer_is_moved() -> None:

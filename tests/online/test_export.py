@@ -1,7 +1,6 @@
 """What an exported network predicts: as the frozen adapter, where no batch comes in; and other programs can run it."""
 
 import copy
-
 from pathlib import Path
 
 import onnxruntime
@@ -63,7 +62,9 @@ def test_running_statistics_are_those_of_source_and_stream() -> None:
     for name, stream in (("running_mean", moments[0]), ("running_var", moments[1])):
         source = tiny_net().state_dict()[f"bn1.{name}"]
         torch.testing.assert_close(weights[f"bn1.{name}"], (12 * source + 24 * stream) / 36, rtol=1e-5, atol=1e-6)
-    assert torch.equal(adapter.source.module.state_dict()["bn1.running_mean"], tiny_net().state_dict()["bn1.running_mean"])
+    assert torch.equal(
+        adapter.source.module.state_dict()["bn1.running_mean"], tiny_net().state_dict()["bn1.running_mean"]
+    )
 
 
 def test_what_cannot_be_exported_is_said() -> None:
@@ -81,7 +82,9 @@ def test_torch_export_and_onnx_run_it(net: str, tmp_path: Path) -> None:
         adapter = new_adapter("default")
     else:
         method = load_method("tent", lr=0.01)
-        adapter = OnlineAdapter(SourceModel(tiny_vit().module.float(), spec=ModelSpec("custom:vit", CLASSES)), build_method(method))
+        adapter = OnlineAdapter(
+            SourceModel(tiny_vit().module.float(), spec=ModelSpec("custom:vit", CLASSES)), build_method(method)
+        )
     side = 8 if net == "transformer" else 16
     batches = [images[..., :side, :side] for images in BATCHES[:3]]
     run(adapter, batches)

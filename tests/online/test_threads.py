@@ -107,7 +107,9 @@ def test_calls_of_one_adapter_are_whole_in_any_thread(method: str) -> None:
     expected = {images.data_ptr(): alone(images) for images in order}
     assert adapter.steps == alone.steps == 32 and adapter.updates == alone.updates
     for stream, answers in zip(STREAMS, outputs, strict=True):
-        assert all(torch.equal(answer, expected[images.data_ptr()]) for images, answer in zip(stream, answers, strict=True))
+        assert all(
+            torch.equal(answer, expected[images.data_ptr()]) for images, answer in zip(stream, answers, strict=True)
+        )
     assert all(torch.equal(adapter.parameters[name], tensor) for name, tensor in alone.parameters.items())
 
 
@@ -144,4 +146,5 @@ def test_eight_threads_of_a_thousand_calls_each() -> None:
     alone = [run(adapter, stream) for adapter, stream in zip(built(), streams, strict=True)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(run, built(), streams))
-    assert sum(torch.equal(a, b) for one, two in zip(alone, together, strict=True) for a, b in zip(one, two)) == 8000
+    same = [torch.equal(a, b) for pair in zip(alone, together, strict=True) for a, b in zip(*pair, strict=True)]
+    assert len(same) == 8000 and all(same)

@@ -1,21 +1,26 @@
 r"""How far a batch lies from those before it, told before the model runs on it.
 
-What enters the first adapted layer depends on the images alone: no update has touched the layers before it. Each image
-gives the mean and the log standard deviation of every channel there over its positions, 2C numbers x. The distance of a
-batch B from the reference R (the images since the last restoration, of which at most ``WINDOW`` count) is
+What enters the first adapted layer that runs depends on the images alone: no update has touched the layers before it.
+Each image gives the mean and the log standard deviation of every channel there over its positions, 2C numbers x. The
+distance of a batch B from the reference R (the images since the last restoration, of which at most ``WINDOW`` count) is
 
 .. math:: D = \frac{1}{2C} \sum_c \frac{(\mu_{B,c} - \mu_{R,c})^2}{\sigma_c^2 \, (1/n_B + 1/n_R)}
 
 with the variance :math:`\sigma_c^2` between images, pooled over B and R. Without a shift its expectation is 1 at every
-batch size. That statistics of a network's first layers tell a change of domain: Niloy et al., WACV 2024.
+batch size. Channels without any variance, which are dead or see the same in all images, tell nothing and do not count.
+That statistics of a network's first layers tell a change of domain: Niloy et al., WACV 2024.
 """
 
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metaopt.parameters import norm_kind
+from metaopt.errors import ModelError
+from metaopt.models import SourceModel
+from metaopt.norm_layers import channels_first, is_norm
 from metaopt.policy.part import Part
 from metaopt.policy.step import StepContext
 from metaopt.types import Parameters, widened
@@ -23,6 +28,7 @@ from metaopt.types import Parameters, widened
 WINDOW = 2000.0  # images; an older past fades, so that the reference follows a slow drift
 LEAST_FREEDOM = 8.0  # degrees of freedom below which a variance tells nothing
 EPS = 1e-6
+ROUNDING = 100.0  # squares of the type's relative precision
 PIECE = 16  # images at a time on CPUs, whose caches hold what enters a layer then: a third of the time
 
 
@@ -45,21 +51,26 @@ class ShiftDistance(Part):
     helper = True
 
     def init(self, parameters: Parameters) -> ShiftReference:
-        """No images yet, of the layer whose tensors come first."""
-        first = next(iter(parameters.values())).detach()
-        return init_reference(first.shape[-1], first)
+        """No images yet; which layer runs first, and so the width, the first batch tells."""
+        return init_reference(0, next(iter(parameters.values())).detach())
 
     def observe(self, context: StepContext) -> None:
         """The batch's statistics and its distance, without gradients."""
-        layer = next(iter(context.parameters)).rpartition(".")[0]
-        statistics = image_statistics(context.model, layer, context.images)
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in context.parameters))
+        statistics = image_statistics(context.model, layers, context.images)
         context.signals["image_statistics"] = statistics
-        context.signals["shift_distance"] = distance(context.state[self.name], statistics)
+        context.signals["shift_distance"] = distance(self._reference(context), statistics)
 
     def restore(self, context: StepContext) -> None:
         """The batch joins those that the next ones are compared with."""
-        merged_reference = merged(context.state[self.name], context.signals["image_statistics"])
+        merged_reference = merged(self._reference(context), context.signals["image_statistics"])
         context.remember(self.name, merged_reference)
+
+    def _reference(self, context: StepContext) -> ShiftReference:
+        reference, statistics = context.state[self.name], context.signals["image_statistics"]
+        if len(reference.mean) == 0:
+            return init_reference(statistics.shape[1] // 2, reference.mean)
+        return reference
 
 
 def init_reference(width: int, like: Tensor) -> ShiftReference:
@@ -67,37 +78,46 @@ def init_reference(width: int, like: Tensor) -> ShiftReference:
     return ShiftReference(like.new_zeros(()), like.new_zeros(2 * width), like.new_zeros(2 * width))
 
 
-def image_statistics(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+def image_statistics(model: nn.Module, layers: str | Sequence[str], images: Tensor) -> Tensor:
     """x of each image, (B, 2C), without gradients; the forward pass ends where the layer begins.
 
     Args:
         model: source model.
-        layer: name of the normalisation layer whose input is watched.
+        layers: name of the normalisation layer whose input is watched, or of several: then the first that runs is.
         images: (B, 3, H, W) in [0, 1].
+
+    Raises:
+        ModelError: none of them is a normalisation, or none runs.
     """
-    module = model.get_submodule(layer)
-    # Layers whose name ends so (timm's LayerNorm2d) take maps with the channels first, whatever they compute.
-    first = norm_kind(module) in ("batch_norm", "group_norm") or type(module).__name__.endswith("2d")
+    named = [layers] if isinstance(layers, str) else layers
+    modules = [module for module in map(model.get_submodule, named) if is_norm(module)]
     pieces = images.split(PIECE) if images.device.type == "cpu" else [images]
-    return torch.cat([_summary(_input_of(module, model, piece), channels_first=first) for piece in pieces])
+    found = []
+    for piece in pieces:
+        module, x = _first_input(modules, model, piece)
+        modules = [module]
+        found.append(_summary(x, channels_first=channels_first(module, x)))
+    return torch.cat(found)
 
 
-def _input_of(module: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
-    """What enters a module of a model."""
+def _first_input(modules: Sequence[nn.Module], model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """Which of a model's modules runs first, and what enters it."""
     found = []
 
-    def reached(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0].detach())
+    def reached(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append((module, inputs[0].detach()))
         raise _Reached
 
-    handle = module.register_forward_pre_hook(reached)
-    try:
-        with torch.no_grad():
-            model(images)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+    plainly = model.uncompiled() if isinstance(model, SourceModel) else nullcontext()
+    with ExitStack() as hooks, torch.no_grad(), plainly, suppress(_Reached):
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(reached).remove)
+        model(images)
+    if not found:
+        raise ModelError(
+            "no adapted normalisation layer runs in a forward pass, so that no shift can be told; allowed is a model "
+            "where one does: leave parts.restoration and parts.shift_distance out"
+        )
     return found[0]
 
 
@@ -121,8 +141,14 @@ def distance(reference: ShiftReference, x: Tensor) -> Tensor:
     batch = x.var(dim=0, correction=0) * count
     pooled = (batch + (reference.count - 1).clamp_min(0) * reference.variance) / freedom.clamp_min(1)
     spread = pooled * (1 / count + 1 / reference.count.clamp_min(1))
-    told = ((x.mean(dim=0) - reference.mean).square() / (spread + EPS**2)).mean()
-    return torch.where((freedom < LEAST_FREEDOM) | (reference.count == 0), torch.ones_like(told), told)
+    shift = (x.mean(dim=0) - reference.mean).square()
+    # A variance that is no more than rounding in numbers of this size is none.
+    rounding = (torch.finfo(x.dtype).eps * x.abs().amax(dim=0)).square() * ROUNDING
+    told = shift / (spread + EPS**2)
+    dead = ~torch.isfinite(told) | (pooled <= rounding)
+    told = told.mean() if not bool(dead.any()) else told.masked_fill(dead, 0).sum() / (~dead).sum().clamp_min(1)
+    nothing = (freedom < LEAST_FREEDOM) | (reference.count == 0) | dead.all()
+    return torch.where(nothing, torch.ones_like(told), told)
 
 
 def merged(reference: ShiftReference, x: Tensor) -> ShiftReference:
