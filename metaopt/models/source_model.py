@@ -161,7 +161,7 @@ class SourceModel(nn.Module):
         """Logits in the network's type, and each block's features where asked, in float32 at least.
 
         Args:
-            images: (B, channels, H, W), floating, in [0, 1]; of most networks (B, 3, H, W). Brought to the network's type.
+            images: (B, channels, H, W), mostly (B, 3, H, W), floating, in [0, 1]; brought to the network's type.
             batch_statistics: BatchNorm layers normalise by this batch instead of by their running buffers, which stay
                 untouched in either case. A layer that has one value for each channel of a single image goes on with its
                 buffers.

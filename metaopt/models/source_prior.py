@@ -16,7 +16,7 @@ goes on doing so. Backward takes the batch's statistics *in these factors* as co
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class ChannelMoments(NamedTuple):
 
 
 Recorded = dict[int, tuple[Tensor, Tensor]]
-"""Mean and variance of a batch at each layer, by its place in `prior_layers`; the source's of a layer that did not run."""
+"""Mean and variance of a batch at each layer, by its place in `prior_layers`; the source's where it did not run."""
 
 
 class SourcePrior(TorchFunctionMode):
@@ -150,12 +150,14 @@ class _Reference(NamedTuple):
         return _Reference(total, torch.lerp(self.mean, mean, share), torch.lerp(self.variance, variance, share))
 
 
+def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of one of the :func:`prior_layers`."""
+    return cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
+
+
 def _references(layers: Sequence[nn.Module], counts: Tensor | None, stream: ChannelMoments | None) -> list[_Reference]:
-    shared = counts is None or counts.ndim == 0
-    found = [
-        _Reference(counts if shared else counts[place], widened(layer.running_mean), widened(layer.running_var))
-        for place, layer in enumerate(layers)
-    ]
+    each = [counts] * len(layers) if counts is None or counts.ndim == 0 else [*counts]
+    found = [_Reference(count, *map(widened, _buffers(layer))) for count, layer in zip(each, layers, strict=True)]
     if stream is None or stream.mean.numel() == 0:
         return found
     sizes = [len(reference.mean) for reference in found]
@@ -210,7 +212,7 @@ def complete(record: Recorded, module: nn.Module) -> None:
     """Give layers that did not run the source's own moments."""
     for place, name in enumerate(prior_layers(module)):
         layer = module.get_submodule(name)
-        record.setdefault(place, (layer.running_mean, layer.running_var))
+        record.setdefault(place, _buffers(layer))
 
 
 @torch.no_grad()

@@ -50,12 +50,12 @@ class OnlineAdapter:
     The source model never changes: the adapter runs a skeleton of its own, which shares the network's tensors and has
     its experts, and keeps the adapted tensors beside it. So adapters in several threads may share one network, and
     threads may share an adapter: its calls run one after another, each as a whole. Layers whose tensors its user has
-    frozen (``requires_grad_(False)``), where others are not, do not adapt. Where the network is moved or cast later, the
-    adapter goes on as it is.
+    frozen (``requires_grad_(False)``), where others are not, do not adapt. Where the network is moved or cast later,
+    the adapter goes on as it is.
 
-    An image with NaN, or with a pixel far outside [0, 1], is left out: its logits are NaN, the rest of its batch goes on
-    as if it had come alone, and the event ``broken_images`` is counted. Batches much smaller than those that the policy
-    was meta-trained with are answered at once and gathered for an update (:mod:`metaopt.online.gathering`).
+    An image with NaN, or with a pixel far outside [0, 1], is left out: its logits are NaN, the rest of its batch goes
+    on as if it had come alone, and the event ``broken_images`` is counted. Batches much smaller than those that the
+    policy was meta-trained with are answered at once and gathered for an update (:mod:`metaopt.online.gathering`).
 
     A network in half precision runs as it is, and so does one under ``torch.autocast``; adapted tensors, state, losses
     and the logits given are in float32 all the same (`metaopt.policy.precision`).
@@ -132,7 +132,7 @@ class OnlineAdapter:
 
     @property
     def position(self) -> int:
-        """Batches met, updated on or not, which augmented views are drawn from; not those that were not finite or wait."""
+        """Batches met, those aside that were not finite or wait: what augmented views are drawn from."""
         return self.steps - self.events[NONFINITE] - self.events[WAITING]
 
     def reset(self) -> None:

@@ -30,7 +30,7 @@ def exported_tensors(policy: AdaptationPolicy, model: SourceModel, parameters: P
 def copied_weights(model: SourceModel, exported: Parameters, prefix: str) -> dict[str, Tensor]:
     """The ``state_dict`` of a model under a prefix, copied in its types, with the exported tensors."""
     return {
-        name.removeprefix(prefix): exported.get(name, own).detach().to(own, copy=True)
+        name.removeprefix(prefix): (exported[name] if name in exported else own).detach().to(own, copy=True)
         for name, own in model.state_dict().items()
         if name.startswith(prefix)
     }

@@ -1,4 +1,4 @@
-"""What a stream hands to a deployed model: converted where that is sure, refused where an answer would be silently wrong.
+"""What a stream hands to a deployed model: converted where that is sure, refused where answers would be silently wrong.
 
 Single broken images, with NaN or with a pixel that no camera gives, are told apart: the rest of their batch goes on as
 if it had come alone. Images that are scaled otherwise as a whole are a mistake of the caller, and refused.

@@ -205,7 +205,7 @@ def evaluate(context: StepContext) -> StepOutput:
         part.condition(context)
     needs = frozenset[str]() if objective is None else objective.needs
     taught = teach(context) if "teacher" in needs else None
-    recording = {} if context.moments is None else {"record": context.moments}
+    recording: dict[str, Any] = {} if context.moments is None else {"record": context.moments}
     output = context.forward(features="features" in needs, **recording)
     if "view" in needs:
         output = output._replace(view_logits=context.forward(augmented(context)).logits)
