@@ -104,6 +104,11 @@ class Monitor:
         if self._writer is not None:
             self._writer.add_scalar(tag, float(value), step)
 
+    def text(self, tag: str, text: str, step: int) -> None:
+        """A line of text."""
+        if self._writer is not None:
+            self._writer.add_text(tag, text, step)
+
     def figure(self, tag: str, figure: "Figure", step: int) -> None:
         """A matplotlib figure, drawn as an image."""
         if self._writer is None:

@@ -14,7 +14,8 @@ from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
 from metaopt.errors import CheckpointError, check_kind
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.files import atomic_save, safe_load
-from metaopt.models import SourceModel
+from metaopt.models import SourceModel, prior_layers
+from metaopt.online.stream_watch import StreamWatch
 from metaopt.optimizers.update import NONFINITE, FiniteGuard, InPlaceApply, gradients_of
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
@@ -76,6 +77,9 @@ class OnlineAdapter:
         self.memory = ActivationMemory(config, pruning.allocation, profiles)
         self.guard = FiniteGuard()
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, self.guard)
+        trained_on = policy.training.get("config", {}).get("batch_size")
+        normalises = self.policy.part("batch_statistics") is not None and bool(prior_layers(self.model.module))
+        self.watch = StreamWatch(self.model.num_classes, trained_on, normalises)
         self.steps = 0  # batches seen since creation or reset
         self.updates = 0  # updates applied since then
         self.start: Parameters  # where adaptation starts
@@ -83,6 +87,11 @@ class OnlineAdapter:
         self.state: State
         self._frozen = False
         self.reset()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the stream so far does not seem to be, a line each: see :mod:`metaopt.online.stream_watch`."""
+        return list(self.watch.found.values())
 
     @property
     def position(self) -> int:
@@ -97,6 +106,7 @@ class OnlineAdapter:
             self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
             self.state = copied_state(self.policy.init(self.parameters))
         self.steps = self.updates = 0
+        self.watch.reset()
         self.guard.events.clear()
         names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
         self.guard.events.update({name: 0 for name in names})
@@ -134,6 +144,7 @@ class OnlineAdapter:
         if not self._frozen:
             self.steps += 1
             self.updates += output.updated
+            self.watch.see(output.logits.detach())
             self.guard.events.update(output.events)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}

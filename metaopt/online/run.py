@@ -50,6 +50,7 @@ class RunReport:
     updates: int
     guard_events: dict[str, int]
     layers: list[LayerMemory] = field(default_factory=list)  # of the metered step
+    warnings: list[str] = field(default_factory=list)  # what the stream does not seem to be, a line each
 
     @property
     def images(self) -> int:
@@ -89,6 +90,7 @@ class RunReport:
             "mean_ratio_to_forward": self.mean_ratio_to_forward,
             "updates": self.updates,
             "guard_events": self.guard_events,
+            "warnings": self.warnings,
             "domains": [
                 {"name": d.name, "severity": d.severity, "images": d.images, "error": d.error, "ece": d.ece}
                 for d in self.domains
@@ -163,6 +165,7 @@ class _Run:
         self.domains: list[DomainReport] = []
         self.guard_events: Counter[str] = Counter({name: 0 for name in adapter.guard.events})
         self.updates = self.steps = 0
+        self.warned = 0  # warnings that the curves' folder has
         self.held_mib = 0.0
         self.cuda_peak_mib: float | None = None
         self.layers: list[LayerMemory] = []
@@ -227,6 +230,9 @@ class _Run:
         if self.watch.step_ms:
             self.monitor.scalar("online/step_ms", self.watch.step_ms[-1], self.steps)
         self.decisions.log(domain, self.steps)
+        for text in self.adapter.warnings[self.warned :]:
+            self.monitor.text("online/warnings", text, self.steps)
+        self.warned = len(self.adapter.warnings)
         if self.loss is not None:
             self.monitor.scalar("online/loss", self.loss, self.steps)
         for name, count in self.adapter.guard.events.items():
@@ -253,6 +259,7 @@ class _Run:
             updates=self.updates,
             guard_events=dict(self.guard_events),
             layers=self.layers,
+            warnings=self.adapter.warnings,
         )
 
 
