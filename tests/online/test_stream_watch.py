@@ -74,7 +74,7 @@ def test_small_batches_are_told_from_the_second_in_a_row() -> None:
 def test_the_ratio_is_the_two_sample_statistic() -> None:
     first, second = torch.tensor([12.0, 30.0, 0.0, 8.0]).double(), torch.tensor([20.0, 10.0, 0.0, 4.0]).double()
     table = numpy.array([first[[0, 1, 3]].numpy(), second[[0, 1, 3]].numpy()])
-    expected = scipy.stats.chi2_contingency(table, correction=False)
+    expected: Any = scipy.stats.chi2_contingency(table, correction=False)
     assert two_sample_ratio(first, second) == pytest.approx(expected.statistic / expected.dof, rel=1e-9)
     only = torch.tensor([5.0, 0.0])
     assert two_sample_ratio(only, only) == 1.0
