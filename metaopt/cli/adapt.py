@@ -128,6 +128,8 @@ def show(settings: OnlineSettings, report: RunReport, out: Path) -> None:
     print(f"updates: {report.updates}{events}")
     if len(report.pass_errors) > 1:
         print("error of each pass: " + ", ".join("-" if e is None else f"{e:.2f} %" for e in report.pass_errors))
+    for text in report.warnings:
+        print(f"warning: {text}")
     print(f"predictions.csv, memory.csv, summary.json and curves in {out}")
 
 

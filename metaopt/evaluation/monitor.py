@@ -127,6 +127,11 @@ class Monitor:
             number = float(value)
             self._write(lambda writer: writer.add_scalar(tag, number, step))
 
+    def text(self, tag: str, text: str, step: int) -> None:
+        """A line of text."""
+        if self._writer is not None:
+            self._writer.add_text(tag, text, step)
+
     def figure(self, tag: str, figure: "Figure", step: int) -> None:
         """A matplotlib figure, drawn as an image."""
         if self._writer is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
 from metaopt.errors import check_kind
 from metaopt.experts.adapter import NAME as EXPERTS
-from metaopt.models import SourceModel
+from metaopt.models import SourceModel, prior_layers
 from metaopt.online.adaptation_file import (
     Adaptation,
     adaptation_from_dict,
@@ -28,6 +28,7 @@ from metaopt.online.adaptation_file import (
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.gathering import WAITING, Gathering
 from metaopt.online.incoming import as_images, intact_images
+from metaopt.online.stream_watch import StreamWatch
 from metaopt.optimizers.update import NONFINITE, InPlaceApply, gradients_of, is_finite
 from metaopt.parameters import own_values
 from metaopt.policy import AdaptationPolicy
@@ -115,6 +116,8 @@ class OnlineAdapter:
         self.gathering = Gathering.of(self.policy) if gather is None else Gathering(gather)
         self.steps = 0  # batches seen since creation or reset, but for those without an intact image
         self.updates = 0  # of these, updated on
+        normalises = self.policy.part("batch_statistics") is not None and bool(prior_layers(self.model.module))
+        self.watch = StreamWatch(self.model.num_classes, self.policy.batch_size, normalises)
         self.start: Parameters  # where adaptation starts
         self.parameters: Parameters
         self.state: State
@@ -131,6 +134,11 @@ class OnlineAdapter:
             _LOG.warning("compile: the objective reads features of the blocks, so that its passes run uncompiled")
 
     @property
+    def warnings(self) -> list[str]:
+        """What the stream so far does not seem to be, a line each: see :mod:`metaopt.online.stream_watch`."""
+        return list(self.watch.found.values())
+
+    @property
     def position(self) -> int:
         """Batches met, those aside that were not finite or wait: what augmented views are drawn from."""
         return self.steps - self.events[NONFINITE] - self.events[WAITING]
@@ -145,6 +153,7 @@ class OnlineAdapter:
                 self.state = copied_state(self.policy.init(self.parameters))
             self.steps = self.updates = 0
             self.gathering.waiting = None
+            self.watch.reset()
             self.events.clear()
             names = (NONFINITE, BROKEN, *(event for part in self.policy.listed for event in part.events))
             self.events.update({name: 0 for name in names})
@@ -212,6 +221,7 @@ class OnlineAdapter:
         if frozen is None:
             self.steps += 1
             self.updates += output.updated
+            self.watch.see(output.logits.detach())
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
         return replace(output, logits=output.logits.detach()[-len(images) :], loss=loss, terms=terms)

@@ -29,9 +29,11 @@ def exported_tensors(policy: AdaptationPolicy, model: SourceModel, parameters: P
 
 def copied_weights(model: SourceModel, exported: Parameters, prefix: str) -> dict[str, Tensor]:
     """The ``state_dict`` of a model under a prefix, copied in its types, with the exported tensors."""
+    own = model.state_dict()
+    weights: Parameters = {**own, **{name: tensor for name, tensor in exported.items() if name in own}}
     return {
-        name.removeprefix(prefix): (exported[name] if name in exported else own).detach().to(own, copy=True)
-        for name, own in model.state_dict().items()
+        name.removeprefix(prefix): tensor.detach().to(own[name], copy=True)
+        for name, tensor in weights.items()
         if name.startswith(prefix)
     }
 

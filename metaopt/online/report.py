@@ -40,6 +40,7 @@ class RunReport:
     updates: int
     guard_events: dict[str, int]
     layers: list[LayerMemory] = field(default_factory=list)  # of the metered step
+    warnings: list[str] = field(default_factory=list)  # what the stream does not seem to be, a line each
 
     @property
     def images(self) -> int:
@@ -79,6 +80,7 @@ class RunReport:
             "mean_ratio_to_forward": self.mean_ratio_to_forward,
             "updates": self.updates,
             "guard_events": self.guard_events,
+            "warnings": self.warnings,
             "domains": [
                 {"name": d.name, "severity": d.severity, "images": d.images, "error": d.error, "ece": d.ece}
                 for d in self.domains

@@ -99,6 +99,7 @@ class _Run:
         self.guard_events: Counter[str] = Counter({name: 0 for name in adapter.events})
         self.updates = 0
         self.batch_count = batch_count
+        self.warned = 0  # warnings that the curves' folder has
         self.loss: Tensor | None = None
         self.decisions = Decisions(adapter, monitor)
         self.progress: Progress | None = None
@@ -175,6 +176,7 @@ class _Run:
             "domains": domains_to_dict(self.domains),
             "decisions": self.decisions.state_dict(),
             "gauges": self.gauges.state_dict(),
+            "watch": self.adapter.watch.state_dict(),
         }
 
     def load_state_dict(self, values: RunState) -> None:
@@ -186,6 +188,8 @@ class _Run:
         self.domain, self.batch, self.updates = (int(values[name]) for name in ("domain", "batch", "updates"))
         self.guard_events = Counter({name: int(values["events"][name]) for name in self.guard_events})
         self.gauges.load_state_dict(values["gauges"])
+        self.adapter.watch.load_state_dict(values["watch"])
+        self.warned = len(self.adapter.warnings)
 
     def step(self, batch: Batch) -> Tensor:
         """Predict and adapt; logits (B, C)."""
@@ -204,6 +208,9 @@ class _Run:
         if self.gauges.watch.step_ms:
             self.monitor.scalar("online/step_ms", self.gauges.watch.step_ms[-1], self.steps)
         self.decisions.log(domain, self.steps)
+        for text in self.adapter.warnings[self.warned :]:
+            self.monitor.text("online/warnings", text, self.steps)
+        self.warned = len(self.adapter.warnings)
         if self.loss is not None:
             self.monitor.scalar("online/loss", self.loss, self.steps)
         for name, count in self.adapter.events.items():
@@ -230,6 +237,7 @@ class _Run:
             updates=self.updates,
             guard_events=dict(self.guard_events),
             layers=gauges.layers,
+            warnings=self.adapter.warnings,
         )
 
 

@@ -41,6 +41,7 @@ SUMMARY = [
         "mean_ratio_to_forward",
         "updates",
         "guard_events",
+        "warnings",
     ),
     "domains",
 ]

@@ -68,7 +68,7 @@ def test_all_methods_do_as_on_the_cpu_in_float64(method: str, device: str) -> No
     for logits, expected in zip(found, run(truth, [batch.double() for batch in BATCHES]), strict=True):
         assert logits.device.type == device
         torch.testing.assert_close(logits.cpu().double(), expected, rtol=1e-2, atol=1e-2)
-    assert adapter.updates == truth.updates and adapter.guard.events == truth.guard.events
+    assert adapter.updates == truth.updates and adapter.events == truth.events
     tensors = [leaf for leaf in pytree.tree_leaves(adapter.state) if isinstance(leaf, Tensor)]
     assert {tensor.device.type for tensor in (*tensors, *adapter.parameters.values())} <= {device}
 
