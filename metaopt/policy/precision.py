@@ -61,10 +61,8 @@ def run_network(
     own = dict(model.named_parameters(remove_duplicate=False))
     with autocast():
         scale = GradientScale() if _runs_in_float16(own, tensors, images.device.type) else None
-        inside = {
-            name: (tensor if scale is None else scale.taken_in(tensor)).to(own[name].dtype)
-            for name, tensor in tensors.items()
-        }
+        taken = tensors if scale is None else {name: scale.taken_in(tensor) for name, tensor in tensors.items()}
+        inside = {n: tensor if tensor.dtype == own[n].dtype else tensor.to(own[n].dtype) for n, tensor in taken.items()}
         output: ForwardOutput = functional_call(model, inside, (images,), dict(how))
     output = output._replace(logits=widened(output.logits), features=tuple(map(widened, output.features)))
     return output if scale is None else scale.given_out(output)
