@@ -59,9 +59,8 @@ class SourcePrior(TorchFunctionMode):
                 f"the prior has {len(counts)} counts and {type(module).__name__} has {len(names)} BatchNorm layers "
                 "with source statistics; allowed is one count for each, or a single one"
             )
-        shared = counts is None or counts.ndim == 0
         self._counts: dict[int, Tensor | None] = {
-            id(module.get_submodule(name).running_mean): counts if shared else counts[place]
+            id(module.get_submodule(name).running_mean): counts if counts is None or counts.ndim == 0 else counts[place]
             for place, name in enumerate(names)
         }
 

@@ -68,7 +68,7 @@ def run_network(
     return output if scale is None else scale.given_out(output)
 
 
-def _runs_in_float16(own: Parameters, tensors: Parameters, device_type: str) -> bool:
+def _runs_in_float16(own: Mapping[str, Tensor], tensors: Parameters, device_type: str) -> bool:
     if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
         return True
     first = next(iter(own.values()), None)
