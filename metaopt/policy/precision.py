@@ -61,16 +61,14 @@ def run_network(
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     with autocast():
         scale = GradientScale() if _runs_in_float16(own, tensors, images.device.type) else None
-        inside = {
-            name: (tensor if scale is None else scale.taken_in(tensor)).to(own[name].dtype)
-            for name, tensor in tensors.items()
-        }
+        taken = tensors if scale is None else {name: scale.taken_in(tensor) for name, tensor in tensors.items()}
+        inside = {n: tensor if tensor.dtype == own[n].dtype else tensor.to(own[n].dtype) for n, tensor in taken.items()}
         output: ForwardOutput = call_with(model, inside, (images,), how)
     output = output._replace(logits=widened(output.logits), features=tuple(map(widened, output.features)))
     return output if scale is None else scale.given_out(output)
 
 
-def _runs_in_float16(own: Parameters, tensors: Parameters, device_type: str) -> bool:
+def _runs_in_float16(own: Mapping[str, Tensor], tensors: Parameters, device_type: str) -> bool:
     if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
         return True
     first = next(iter(own.values()), None)

@@ -51,10 +51,11 @@ def headed(tracks: bool = True, dtype: torch.dtype = torch.float32) -> SourceMod
     """With statistics that are not the neutral ones."""
     torch.manual_seed(0)
     net = Headed(tracks)
-    for norm in (net.bn, net.pixel, net.head[0]):
-        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
-            if tensor is not None:
-                tensor.data.add_(0.3 * torch.rand_like(tensor))
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+                if tensor is not None:
+                    tensor.data.add_(0.3 * torch.rand_like(tensor))
     return SourceModel(net.to(dtype).eval()).requires_grad_(False)
 
 
