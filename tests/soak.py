@@ -1,6 +1,6 @@
 """A policy on a long stream of small batches, a fault among every hundred: ``python -m tests.soak --batches 100000``.
 
-The same stream is run with and without the faults, in turn, by a ResNet-20 on digits of 16 x 16 pixels; what either
+The same stream is run with and without the faults, in turn, by a ResNet-20 on digits of 8 x 8 pixels; what either
 gets wrong is counted on the batches between faults.
 """
 
@@ -52,7 +52,7 @@ FAULTS: dict[str, Fault] = {
     "one class": Fault(lambda x, y: x[y == y.mode().values]),
     "one image": Fault(lambda x, y: x[:1]),
     "the same image": Fault(lambda x, y: x[:1].expand_as(x)),
-    "another size": Fault(lambda x, y: x[..., :12, :12]),
+    "another size": Fault(lambda x, y: x[..., :7, :7]),
     "bytes": Fault(lambda x, y: to_bytes(x)),
     "doubles": Fault(lambda x, y: x.double()),
     "bytes as floats": Fault(lambda x, y: x * 255, refused=True),
@@ -63,17 +63,17 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def halved(images: Tensor) -> Tensor:
-    """Bytes of half the size."""
-    return to_bytes(avg_pool2d(to_float(images), 2))
+def small(images: Tensor) -> Tensor:
+    """Bytes of a quarter of the size, which is that of the digits before they were drawn larger."""
+    return to_bytes(avg_pool2d(to_float(images), 4))
 
 
 def source_model(epochs: int) -> SourceModel:
-    """ResNet-20 for digits of 16 x 16 pixels."""
+    """ResNet-20 for digits of 8 x 8 pixels."""
     torch.manual_seed(0)
     model = load_source_model("cifar_resnet20", num_classes=10)
     source = load_digits().source
-    data = ImageSet(halved(source.images), source.labels)
+    data = ImageSet(small(source.images), source.labels)
     recipe = RECIPES["cifar_resnet20"]
     recipe = recipe if epochs == 0 else type(recipe)(**{**vars(recipe), "epochs": epochs})
     options = {"mean": model.mean, "std": model.std, "generator": torch.Generator().manual_seed(0), "progress": False}
@@ -95,7 +95,7 @@ def stream(batches: int, seed: int) -> Iterator[Met]:
     names = ["clean", *shift_names("test")]
     assert clean.labels is not None
     domains = {
-        name: to_float(halved(clean.images if name == "clean" else corrupt(clean, get_shift(name), 4.0).images))
+        name: to_float(small(clean.images if name == "clean" else corrupt(clean, get_shift(name), 4.0).images))
         for name in names
     }
     left, name = 0, ""
@@ -144,7 +144,7 @@ def soak(batches: int, epochs: int = 0, unrolls: int = 20, seed: int = 0, report
     """Run it; ``epochs`` of the source's training and ``unrolls`` an epoch of the policy's, 0: the defaults."""
     model = source_model(epochs)
     config = MetaTrainConfig(epochs=5, unrolls=unrolls)
-    policy = meta_train(model, to_float(halved(load_digits().unlabeled.images)), config=config, quiet=True)
+    policy = meta_train(model, to_float(small(load_digits().unlabeled.images)), config=config, quiet=True)
     faulty, calm = OnlineAdapter(model, policy), OnlineAdapter(model, policy)
     outcome = Outcome([], [], [], [], Counter(), {})
     tallies, began = [Tally() for _ in range(3)], time.time()

@@ -27,7 +27,7 @@ from metaopt.online.adaptation_file import (
 )
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.gathering import WAITING, Gathering
-from metaopt.online.incoming import as_images, intact_images
+from metaopt.online.incoming import Images, as_images, intact_images
 from metaopt.online.stream_watch import StreamWatch
 from metaopt.optimizers.update import NONFINITE, InPlaceApply, gradients_of, is_finite
 from metaopt.parameters import own_values
@@ -161,7 +161,7 @@ class OnlineAdapter:
     def _own_values(self) -> Parameters:
         return own_values(self.model, self.layout.names)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Images) -> Tensor:
         """Predict, then adapt (inside ``frozen()``: predict only).
 
         Args:
@@ -175,11 +175,11 @@ class OnlineAdapter:
         """
         return self.step(images).logits
 
-    def step(self, images: Tensor) -> StepOutput:
+    def step(self, images: Images) -> StepOutput:
         """As a call, with the loss and its terms beside the logits; all detached."""
         return self._step(images, next((view for view in reversed(_frozen.get()) if view.adapter is self), None))
 
-    def _step(self, images: Tensor, frozen: "FrozenAdapter | None") -> StepOutput:
+    def _step(self, images: Images, frozen: "FrozenAdapter | None") -> StepOutput:
         with self._lock:
             images = as_images(images, self.model.mean)
             intact = intact_images(images)
@@ -226,7 +226,7 @@ class OnlineAdapter:
         terms = {name: value.detach() for name, value in output.terms.items()}
         return replace(output, logits=output.logits.detach()[-len(images) :], loss=loss, terms=terms)
 
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Images) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.
 
         Args:
@@ -355,10 +355,10 @@ class FrozenAdapter:
     def __init__(self, adapter: OnlineAdapter, as_exported: bool = False) -> None:
         self.adapter, self.as_exported = adapter, as_exported
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Images) -> Tensor:
         """Logits (B, C), detached; arguments and errors are those of the adapter."""
         return self.step(images).logits
 
-    def step(self, images: Tensor) -> StepOutput:
+    def step(self, images: Images) -> StepOutput:
         """As a call, with the loss and its terms beside the logits; without these as an exported network."""
         return self.adapter._step(images, self)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from metaopt.errors import DataError
 
+Images = Tensor | np.ndarray
+"""A batch as `as_images` takes it."""
+
 SLACK = 0.5  # how far beyond [0, 1] a pixel of an intact image may lie; resizing overshoots by less than 0.2
 LARGEST = 1000.0  # beyond that no scaling is the reason: bytes as floats end at 255, normalised images before 10
 SCALED_PIXELS = 0.01  # share of an image's pixels that lie outside where it is scaled otherwise, and not just damaged

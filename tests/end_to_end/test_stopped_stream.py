@@ -56,7 +56,10 @@ def test_a_signal_stops_after_the_batch_and_resume_goes_on(
     for batches, where in ((2, "out=parts"), (2, "resume=parts")):
         stop_after(batches, number)
         capsys.readouterr()
-        assert online([*(arguments if batches and where.startswith("out") else []), where]) == CODES[number]
+        assert (
+            online([*(arguments if batches and where.startswith("out") else []), where])
+            == CODES[signal.Signals(number)]
+        )
         err = capsys.readouterr().err.splitlines()
         done = 2 if where.startswith("out") else 4
         assert err[-1] == f"stopped after {done} of 6 batches; go on with: python adapt/online.py resume=parts"

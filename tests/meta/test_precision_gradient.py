@@ -1,6 +1,7 @@
 """How unrolls answer for learned precisions: gradients at each against autograd's, and what reaches the head."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ class OneNorm(nn.Module):
 @pytest.mark.parametrize("side", [12, 8])  # 12: maps as wide as they have channels
 def test_layers_over_maps_and_with_activations_are_met_as_they_compute(norm, side: int) -> None:
     torch.manual_seed(0)
-    options = {"num_groups": 3} if norm is GroupNormAct else {}
+    options: dict[str, Any] = {"num_groups": 3} if norm is GroupNormAct else {}
     model = SourceModel(OneNorm(lambda width: norm(width, **options)))
     with torch.no_grad():
         for tensor in model.module.norm.parameters():  # type: ignore[union-attr]

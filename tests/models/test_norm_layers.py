@@ -1,6 +1,7 @@
 """Which layers of a user's network adapt: norms of any class, those that run, and those that are asked for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import pytest
@@ -18,7 +19,7 @@ from metaopt.parameters import adapted_layout, norm_kind
 from metaopt.policy.parts.shift_distance import distance, image_statistics, init_reference, merged
 
 IMAGES = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-QUICK = {"epochs": 1, "unrolls": 1, "steps": 2, "first_steps": 1, "batch_size": 6, "selection_tasks": 1}
+QUICK: dict[str, Any] = {"epochs": 1, "unrolls": 1, "steps": 2, "first_steps": 1, "batch_size": 6, "selection_tasks": 1}
 
 
 class ChannelNorm(nn.Module):

@@ -3,11 +3,12 @@
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 import timm
 import torch
-from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import Normalize, Resize
@@ -29,6 +30,9 @@ def net() -> nn.Module:
 
 class Normalise(nn.Module):
     """As RobustBench has it: buffers, of another shape."""
+
+    mu: Tensor
+    sigma: Tensor
 
     def __init__(self, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> None:
         super().__init__()
@@ -64,11 +68,11 @@ WRAPPERS: dict[str, Callable[[nn.Module], object]] = {
     "ema": ModelEma,
     "ema_v2": ModelEmaV2,
     "ema_v3": ModelEmaV3,
-    "twice": lambda net: nn.DataParallel(torch.compile(net)),
+    "twice": lambda net: nn.DataParallel(cast(nn.Module, torch.compile(net))),
     "normalised": lambda net: nn.Sequential(Normalise(), net),
     "normalised_by_torchvision": lambda net: nn.Sequential(Normalize(MEAN, STD), net),
     "named": lambda net: nn.Sequential(OrderedDict(normalize=Normalise(), model=net)),
-    "wrapped_inside": lambda net: nn.Sequential(Normalise(), torch.compile(net)),
+    "wrapped_inside": lambda net: nn.Sequential(Normalise(), cast(nn.Module, torch.compile(net))),
     "alone": nn.Sequential,
     "own_class": Around,
 }
@@ -149,7 +153,7 @@ def test_what_is_no_network_of_torch_is_refused(net: nn.Module) -> None:
         warnings.simplefilter("ignore")  # it is deprecated, and still met
         scripted = torch.jit.trace(net, IMAGES)
     with pytest.raises(ModelError, match="compiled program: give the module"):
-        SourceModel(scripted)
+        SourceModel(cast(nn.Module, scripted))
     with pytest.raises(ModelError, match="the model is OrderedDict"):
         SourceModel(net.state_dict())  # type: ignore[arg-type]
 

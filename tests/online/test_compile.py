@@ -94,7 +94,7 @@ def test_copies_and_pickles_compile_anew(net: nn.Module) -> None:
     expected = model(BATCHES[0]).logits
     model.compile_network()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.compiled.module is twin.module
+        assert twin.compiled is not None and twin.compiled.module is twin.module
         torch.testing.assert_close(twin(BATCHES[0]).logits, expected)
     assert model.skeleton().compiled is None
 

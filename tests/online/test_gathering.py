@@ -65,7 +65,7 @@ def test_a_few_images_go_by_the_statistics_of_source_and_stream() -> None:
 @pytest.mark.parametrize("method", DEFAULT)
 @pytest.mark.parametrize("cut", [3, 8, 13])
 def test_images_that_wait_are_saved_too(method: str, cut: int, tmp_path: Path) -> None:
-    pieces = STREAM.split(3)
+    pieces = [*STREAM.split(3)]
     whole, first, second = (gathering(method) for _ in range(3))
     expected = run(whole, pieces)
     logits = run(first, pieces[:cut])

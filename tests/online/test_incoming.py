@@ -62,7 +62,7 @@ class Overflowing(nn.Module):
 @pytest.mark.parametrize("method", [name for name in UPDATING if name != "two views"])  # whose views count batches
 def test_where_the_network_is_not_finite_the_batch_leaves_nothing_behind(method: str) -> None:
     def adapter() -> OnlineAdapter:
-        policy = METHODS[method]()
+        policy: Any = METHODS[method]()
         policy.source = None
         wrapped = copy.deepcopy(Overflowing())
         if policy.part("initialization") is not None:

@@ -14,7 +14,7 @@ from metaopt.data import Batch, Domain, ImageSet, Stream, batches, to_bytes
 from metaopt.errors import ConfigError, DataError
 from metaopt.evaluation import Monitor, read_scalars
 from metaopt.models import SourceModel
-from metaopt.online import OnlineAdapter, RunReport, run_stream
+from metaopt.online import OnlineAdapter, RunReport, gauges, run_stream
 from metaopt.online import run as module
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.parts.restoration import Restoration
@@ -234,7 +234,7 @@ def test_held_memory_that_grows_along_the_stream_is_seen() -> None:
     for on_batch in (None, grow):
         SCALED[0] = False
         adapter = OnlineAdapter(SourceModel(Growing()), build_method(TENT))
-        report = run_stream(adapter, [domain("a", 8 * (module.METER_EVERY + 1), 0)], batch_size=8, on_batch=on_batch)
+        report = run_stream(adapter, [domain("a", 8 * (gauges.METER_EVERY + 1), 0)], batch_size=8, on_batch=on_batch)
         held.append(report.held_mib)
     assert held[1] > 1.1 * held[0] > 0
 
@@ -260,13 +260,13 @@ def test_short_batches_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     step = adapter.step
 
-    class Watch(module.Stopwatch):
+    class Watch(gauges.Stopwatch):
         def step(self):
             sizes.append(0)
             return super().step()
 
     adapter.step = lambda images: (sizes.append(len(images)), step(images))[1]  # type: ignore[method-assign]
-    monkeypatch.setattr(module, "Stopwatch", Watch)
+    monkeypatch.setattr(gauges, "Stopwatch", Watch)
     run_stream(adapter, two_domains(), batch_size=16)
     assert sizes == [16, 0, 16, 8, 0, 16, 11]
 
