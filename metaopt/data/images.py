@@ -71,10 +71,10 @@ class ImageSet:
 def check_image_shape(images: Tensor, channels: int = 3) -> None:
     """Refuse anything but a non-empty (B, channels, H, W) tensor."""
     if images.ndim != 4 or images.shape[1] != channels:
-        kind, fix = "(B, 3, H, W) RGB", "permute or stack them"
-        if channels != 3:
-            kind, fix = f"(B, {channels}, H, W)", "or mean and std of as many channels to SourceModel"
-        raise DataError(f"images have shape {tuple(images.shape)}: {kind} is needed; {fix}")
+        shape, fix = f"images have shape {tuple(images.shape)}", "permute or stack them"
+        if channels == 3:
+            raise DataError(f"{shape}: (B, 3, H, W) RGB is needed; {fix}")
+        raise DataError(f"{shape}; allowed is (B, {channels}, H, W): {fix}, or give SourceModel other mean and std")
     if images.numel() == 0:
         raise DataError(f"images have shape {tuple(images.shape)}: at least one image is needed; the set is empty")
 

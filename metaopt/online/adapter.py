@@ -155,7 +155,7 @@ class OnlineAdapter:
             self.gathering.waiting = None
             self.watch.reset()
             self.events.clear()
-            names = (NONFINITE, BROKEN, *(event for part in self.policy.listed for event in part.events))
+            names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
             self.events.update({name: 0 for name in names})
 
     def _own_values(self) -> Parameters:

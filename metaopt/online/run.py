@@ -169,6 +169,7 @@ class _Run:
             "made_of": self.made_of,
             "domain": self.domain,
             "batch": self.batch,
+            "steps": self.steps,
             "updates": self.updates,
             "events": dict(self.guard_events),
             "adapter": self.adapter.state_dict(),

@@ -48,11 +48,10 @@ METHODS = {
 }
 UPDATES = {name: 8 if name in UPDATING else 0 for name in METHODS} | {"default with gate": 5}
 """Batches of the eight that are updated on."""
-NOTHING = {"nonfinite": 0, "broken_images": 0}
 QUIET: dict[str, dict[str, int]] = {
-    **dict.fromkeys(METHODS, NOTHING),
-    "default": {**NOTHING, "restored": 0},
-    "default with gate": {**NOTHING, "restored": 0, "skipped": 0},
+    **dict.fromkeys(METHODS, {"nonfinite": 0}),
+    "default": {"nonfinite": 0, "restored": 0, "anchored": 0},
+    "default with gate": {"nonfinite": 0, "restored": 0, "skipped": 0, "anchored": 0},
 }
 """What is counted of each method, before anything happened."""
 

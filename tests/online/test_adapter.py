@@ -266,7 +266,7 @@ def test_memory_of_the_past_is_not_kept(method: str, count: int) -> None:
 def test_an_empty_batch_is_refused_and_counts_for_nothing(method: str) -> None:
     adapter = new_adapter(method)
     adapter(BATCHES[0])
-    with pytest.raises(DataError, match=r"images have shape \(0, 3, 16, 16\): at least one image is needed"):
+    with pytest.raises(DataError, match=r"images have shape \(0, 3, 16, 16\); at least one image is needed"):
         adapter(BATCHES[0][:0])
     undisturbed = new_adapter(method)
     undisturbed(BATCHES[0])

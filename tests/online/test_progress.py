@@ -174,7 +174,7 @@ def test_times_go_on_and_dry_runs_are_not_timed(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(adapter, name, lambda images, name=name, call=call: (order.append(name), call(images))[1])
     run(adapter, Progress(kept.append, 1, kept[-1]))
     assert order[:2] == ["prepare", "step"] and order.count("prepare") == 1
-    before, after = (kept[i]["step_ms"] for i in (0, -1))
+    before, after = (kept[i]["gauges"]["step_ms"] for i in (0, -1))
     assert len(before) == 2 and len(after) == 5 and torch.equal(after[:2], before)
 
 
