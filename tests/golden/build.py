@@ -134,6 +134,11 @@ def recorded_place(name: str) -> int:
     return ORDER.index(name.partition(".")[0])
 
 
+def events_of(adapter: OnlineAdapter) -> dict[str, int]:
+    """Counts by name, without what nobody counted when the outputs were recorded, where it did not happen."""
+    return {name: count for name, count in adapter.events.items() if count or name != "anchored"}
+
+
 def state_of(adapter: OnlineAdapter) -> list[Tensor]:
     """Tensors of the adapter's state, in the order of the recording."""
     state = state_to_dict(adapter.state)

@@ -29,6 +29,7 @@ from .build import (
     build_policy,
     build_trainer,
     clean_images,
+    events_of,
     load_weights,
     meta_config,
     recorded_name,
@@ -229,7 +230,7 @@ class Streamed:
             frozen = adapter(batches[0])
         if self.ill_conditioned:
             logits = torch.stack([output.logits for output in outputs[:2]])
-            return {"logits": logits, "updates": adapter.updates, "events": dict(adapter.events)}
+            return {"logits": logits, "updates": adapter.updates, "events": events_of(adapter)}
         losses = [output.loss for output in outputs if output.loss is not None]
         distances = [o.signals["shift_distance"] for o in outputs if "shift_distance" in o.signals]
         state = state_of(adapter)
@@ -240,7 +241,7 @@ class Streamed:
             "distances": torch.stack(distances) if distances else None,
             "updated": [output.updated for output in outputs],
             "updates": adapter.updates,
-            "events": dict(adapter.events),
+            "events": events_of(adapter),
             "parameters": digests(adapter.parameters),
             "state": torch.stack([digest(tensor) for tensor in state]) if state else None,
         }

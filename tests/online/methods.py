@@ -49,7 +49,7 @@ METHODS = {
 UPDATES = {name: 8 if name in UPDATING else 0 for name in METHODS} | {"default with gate": 5}
 """Batches of the eight that are updated on."""
 QUIET: dict[str, dict[str, int]] = {
-    **dict.fromkeys(METHODS, {"nonfinite": 0}),
+    **{name: {"nonfinite": 0} for name in METHODS},
     "default": {"nonfinite": 0, "restored": 0, "anchored": 0},
     "default with gate": {"nonfinite": 0, "restored": 0, "skipped": 0, "anchored": 0},
 }

@@ -241,10 +241,11 @@ def test_held_memory_that_grows_along_the_stream_is_seen() -> None:
 
 def test_state_memory_is_measured() -> None:
     floats = tiny_net().bn1.num_features * 2 * 3  # bn2 is twice as wide
+    stream = 4 * floats + 8  # mean and variance of what enters each channel, and two counters
     state = {method: run_stream(new_adapter(method), two_domains()).state_mib for method in METHODS}
-    assert state["source"] == state["bn"] == 0
-    assert state["tent"] * 2**20 == 2 * 4 * floats + 8
-    assert state["policy"] * 2**20 == 74 * 4 * floats + 8
+    assert state["source"] == 0 and state["bn"] * 2**20 == stream
+    assert state["tent"] * 2**20 == 2 * 4 * floats + 8 + stream
+    assert state["policy"] * 2**20 == 74 * 4 * floats + 8 + stream
 
 
 def test_times_are_of_steps_and_of_plain_forward_passes() -> None:
@@ -289,7 +290,7 @@ def test_guard_events_are_counted_across_domains(setting: str, monkeypatch: pyte
 
     monkeypatch.setattr(module, "batches", spoiling)
     report = run_stream(new_adapter("policy"), two_domains(), setting=setting, batch_size=16)
-    assert report.guard_events == {"nonfinite": 2}
+    assert report.guard_events == {"nonfinite": 0, "broken_images": 2}
     assert report.updates == 3
 
 
