@@ -10,7 +10,8 @@ from metaopt.meta.tasks import TaskConfig
 from metaopt.meta.unroll import UnrollConfig
 from metaopt.optimizers.backends import BACKENDS
 from metaopt.optimizers.mgg import GeneratorConfig
-from metaopt.policy.method import DEFAULT_PARTS, MethodConfig
+from metaopt.policy.method import MethodConfig
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 SCHEDULES = ("cosine", "constant")
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.data.images import check_image_shape
 from metaopt.errors import DataError, ModelError
@@ -20,11 +19,12 @@ from metaopt.files import weights_sha256
 from metaopt.models.blocks import find_blocks, pool_features
 from metaopt.models.compiled import CompiledForward
 from metaopt.models.identify import Identity, identify
-from metaopt.models.source_prior import ChannelMoments, Recorded, SourcePrior, complete, recording_hooks
+from metaopt.models.normalisation import by_batch, single_values_refused
+from metaopt.models.source_prior import ChannelMoments, Recorded, complete
 from metaopt.models.spec import ModelSpec, channel_values, class_indices
 from metaopt.models.unwrap import unwrapped
 from metaopt.norm_layers import fixed_tensors
-from metaopt.types import HALF, ForwardOutput, widened
+from metaopt.types import ForwardOutput, widened
 
 
 class SourceModel(nn.Module):
@@ -181,10 +181,11 @@ class SourceModel(nn.Module):
         inputs = ((images - self.mean) / self.std).to(self.mean.dtype)  # the same tensor where types agree
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        statistics = _batch_statistics(self.module, batch_statistics, prior, stream, record, inputs)
+        statistics = by_batch(self.module, batch_statistics, prior, stream, record, inputs)
         features_of = self._recorded_features(images.shape[0]) if features else nullcontext({})
-        run = self.module if self.compiled is None or features else self.compiled
-        with _single_values_refused(self.module), statistics, features_of as recorded:
+        # Hooks and dictionaries that take something out are nothing for a compiled pass.
+        run = self.module if self.compiled is None or features or record is not None else self.compiled
+        with single_values_refused(self.module), statistics, features_of as recorded:
             logits = self._logits(run(inputs), len(images))
         if record is not None:
             complete(record, self.module)
@@ -243,58 +244,6 @@ class SourceModel(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _batch_statistics(
-    module: nn.Module,
-    enabled: bool,
-    prior: Tensor | None,
-    stream: ChannelMoments | None,
-    record: Recorded | None,
-    inputs: Tensor,
-) -> Iterator[None]:
-    """BatchNorm layers inside normalise by the batch ``inputs``, and with a prior or a stream, by these too.
-
-    In ``eval()`` and without running buffers torch takes the batch's statistics. So the buffers are out of the way for
-    the duration, which also guards them from NaN batches, and come back in any case. Of a single image layers may need
-    them, and in half precision torch would round what it takes.
-    """
-    layers = [layer for layer in module.modules() if enabled and isinstance(layer, _BatchNorm)]
-    if layers and any(getattr(part, "grad_checkpointing", False) for part in module.modules()):
-        raise ModelError(
-            f"{type(module).__name__} has grad_checkpointing on, whose recomputation would miss the batch statistics; "
-            "allowed is off with BatchNorm: call set_grad_checkpointing(False)"
-        )
-    if layers and (prior is not None or stream is not None or len(inputs) == 1 or inputs.dtype in HALF):
-        with SourcePrior(module, prior, stream, record):
-            yield
-        return
-    handles = [] if record is None or not layers else recording_hooks(module, record)
-    saved = [(layer.running_mean, layer.running_var) for layer in layers]
-    try:
-        for layer in layers:
-            layer.running_mean = layer.running_var = None
-        yield
-    finally:
-        for layer, (mean, var) in zip(layers, saved, strict=True):
-            layer.running_mean, layer.running_var = mean, var
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _single_values_refused(module: nn.Module) -> Iterator[None]:
-    """What torch says of one value a channel, as an error of one line: layers without running buffers know no other."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("Expected more than 1 value per channel"):
-            raise
-        raise DataError(
-            f"a batch of 1 image gives a BatchNorm layer of {type(module).__name__} one value for each channel, and it "
-            "has no running statistics to take instead; allowed are 2 images or more: give larger batches"
-        ) from error
 
 
 def _subset(spec: ModelSpec, classes: Sequence[int] | Tensor) -> ModelSpec:

@@ -1,11 +1,9 @@
 """Deployment: a model that predicts and adapts, batch by batch."""
 
 import copy
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
@@ -25,7 +23,9 @@ from metaopt.online.adaptation_file import (
     read_adaptation,
     write_adaptation,
 )
+from metaopt.online.compiling import compile_network
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
+from metaopt.online.frozen import FrozenAdapter, frozen_here
 from metaopt.online.gathering import WAITING, Gathering
 from metaopt.online.incoming import Images, as_images, intact_images
 from metaopt.online.stream_watch import StreamWatch
@@ -39,10 +39,6 @@ from metaopt.policy.step import adaptation_step, evaluate_on, loss_of, predict_o
 from metaopt.types import Parameters, StepOutput
 
 BROKEN = "broken_images"  # event: some of the batch are no images, and were left out
-_LOG = logging.getLogger(__name__)
-
-_frozen: ContextVar[tuple["FrozenAdapter", ...]] = ContextVar("frozen", default=())
-"""What this thread (or task) has frozen, the latest last: another's calls are not concerned."""
 
 
 class OnlineAdapter:
@@ -110,7 +106,7 @@ class OnlineAdapter:
             del self.policy.parts["pruning"]
         self.memory = ActivationMemory(config, pruning.allocation, profiles)
         if compile:
-            self._compile()
+            compile_network(self.model, self.policy.objective, self.memory.config.memory)
         self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, is_finite)
         self.events: Counter[str] = Counter()  # batches on which something out of the ordinary was done, by its name
         self.gathering = Gathering.of(self.policy) if gather is None else Gathering(gather)
@@ -123,15 +119,6 @@ class OnlineAdapter:
         self.state: State
         self._lock = RLock()
         self.reset()
-
-    def _compile(self) -> None:
-        """Compile the network, and say which passes stay as they are."""
-        memory, objective = self.memory.config.memory, self.policy.objective
-        self.model.compile_network(learns=memory == "dense")
-        if objective is not None and memory != "dense":
-            _LOG.warning("compile: memory=%s sees each operator, so that passes with a gradient run uncompiled", memory)
-        elif objective is not None and "features" in objective.needs:
-            _LOG.warning("compile: the objective reads features of the blocks, so that its passes run uncompiled")
 
     @property
     def warnings(self) -> list[str]:
@@ -177,9 +164,9 @@ class OnlineAdapter:
 
     def step(self, images: Images) -> StepOutput:
         """As a call, with the loss and its terms beside the logits; all detached."""
-        return self._step(images, next((view for view in reversed(_frozen.get()) if view.adapter is self), None))
+        return self._step(images, frozen_here(self))
 
-    def _step(self, images: Images, frozen: "FrozenAdapter | None") -> StepOutput:
+    def _step(self, images: Images, frozen: FrozenAdapter | None) -> StepOutput:
         with self._lock:
             images = as_images(images, self.model.mean)
             intact = intact_images(images)
@@ -191,7 +178,7 @@ class OnlineAdapter:
                 self.events.update(output.events)
         return output
 
-    def _answered_in_part(self, images: Tensor, intact: Tensor, frozen: "FrozenAdapter | None") -> StepOutput:
+    def _answered_in_part(self, images: Tensor, intact: Tensor, frozen: FrozenAdapter | None) -> StepOutput:
         """NaN for broken images, and nothing learned of them; a batch of nothing else is none."""
         logits = images.new_full((len(images), self.model.num_classes), torch.nan)
         output = StepOutput(logits, updated=False)
@@ -201,7 +188,7 @@ class OnlineAdapter:
             logits[intact] = output.logits
         return replace(output, logits=logits, events=(BROKEN, *output.events))
 
-    def _answered(self, images: Tensor, frozen: "FrozenAdapter | None") -> StepOutput:
+    def _answered(self, images: Tensor, frozen: FrozenAdapter | None) -> StepOutput:
         """The output on intact images, (B, C, H, W), and what is learned of them; detached."""
         arguments = self.policy, self.model, self.parameters
         gathered = None if frozen is not None else self.gathering.add(images)
@@ -250,7 +237,7 @@ class OnlineAdapter:
         return loss_of(evaluate_on(self.policy, self.model, self.parameters, images, self.state, self.position))
 
     @contextmanager
-    def frozen(self, as_exported: bool = False) -> Iterator["FrozenAdapter"]:
+    def frozen(self, as_exported: bool = False) -> Iterator[FrozenAdapter]:
         """Within this context the adapter predicts with what it has learned and changes nothing.
 
         That holds for calls in the same thread; what the context gives does so in any.
@@ -258,12 +245,8 @@ class OnlineAdapter:
         Args:
             as_exported: predict as the network of :meth:`export_model` does, without what depends on the batch.
         """
-        frozen = FrozenAdapter(self, as_exported)
-        token = _frozen.set((*_frozen.get(), frozen))
-        try:
+        with FrozenAdapter(self, self._step, as_exported).in_this_thread() as frozen:
             yield frozen
-        finally:
-            _frozen.reset(token)
 
     def export(self) -> dict[str, Tensor]:
         """The adapted model as a plain ``state_dict`` of the wrapped module: copies in its types, to load or save.
@@ -342,23 +325,3 @@ class OnlineAdapter:
             self.gathering.waiting, self.policy.seed = found.waiting, found.seed
             self.events.clear()
             self.events.update(found.events)
-
-
-class FrozenAdapter:
-    """Predicts with what an adapter has learned, in any thread, and changes nothing.
-
-    Args:
-        adapter: whose; it may go on learning.
-        as_exported: predict as the network of `OnlineAdapter.export_model` does.
-    """
-
-    def __init__(self, adapter: OnlineAdapter, as_exported: bool = False) -> None:
-        self.adapter, self.as_exported = adapter, as_exported
-
-    def __call__(self, images: Images) -> Tensor:
-        """Logits (B, C), detached; arguments and errors are those of the adapter."""
-        return self.step(images).logits
-
-    def step(self, images: Images) -> StepOutput:
-        """As a call, with the loss and its terms beside the logits; without these as an exported network."""
-        return self.adapter._step(images, self)

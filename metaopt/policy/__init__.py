@@ -2,7 +2,7 @@
 
 from metaopt.policy.method import MethodConfig as MethodConfig
 from metaopt.policy.method import build_method as build_method
-from metaopt.policy.method import new_policy as new_policy
 from metaopt.policy.policy import AdaptationPolicy as AdaptationPolicy
 from metaopt.policy.source_record import SourceRecord as SourceRecord
 from metaopt.policy.transfer import transferred as transferred
+from metaopt.policy.untrained import new_policy as new_policy

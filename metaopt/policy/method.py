@@ -1,16 +1,13 @@
 """Compose a method from its parts: what the files under ``configs/method/`` say, made into a policy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
-
 from metaopt import registry
 from metaopt.errors import ConfigError, check_kind, check_one_of, check_positive, check_range
-from metaopt.models import SourceModel
 from metaopt.objectives import WeightedObjective
-from metaopt.optimizers.mgg import GeneratorConfig, GradientGenerator
+from metaopt.optimizers.mgg import GradientGenerator
 from metaopt.policy.adapts import ADAPTS
 from metaopt.policy.part import Part, settings
 from metaopt.policy.policy import AdaptationPolicy
@@ -161,7 +158,7 @@ def build_method(
         return AdaptationPolicy(config.name, parts=parts, seed=seed)
     _check_adapts(config, policy)
     objective = _objective(config, policy)
-    _check_teacher(config.name, objective, parts)
+    check_teacher(config.name, objective, parts)
     from_policy = policy is not None and config.update == "generator" and policy.part("experts") is not None
     method = AdaptationPolicy(
         config.name,
@@ -201,7 +198,8 @@ def _layers(config: MethodConfig, policy: AdaptationPolicy | None) -> tuple[str,
     return policy.layers
 
 
-def _check_teacher(name: str, objective: WeightedObjective, parts: list[Part]) -> None:
+def check_teacher(name: str, objective: WeightedObjective, parts: list[Part]) -> None:
+    """Refuse an objective that learns from a teacher where no part is one."""
     if "teacher" in objective.needs and not any("teach" in part.acts for part in parts):
         raise ConfigError(
             f"method {name!r} has the objective's term teacher and no teacher; allowed without one are all others: "
@@ -286,69 +284,3 @@ def _generator(config: MethodConfig, policy: AdaptationPolicy | None) -> Gradien
     generator.to(next(trained.parameters()))
     generator.load_state_dict(trained.state_dict())
     return generator
-
-
-DEFAULT_PARTS: Mapping[str, Any] = {
-    "batch_statistics": 16,  # images: what Schneider et al. (NeurIPS 2020) found good across batch sizes
-    "initialization": True,
-    "restoration": True,
-    "weight_ensembling": {"momentum": 0.875, "after": 8, "forget": 8},  # updates: meta-training unrolls 8 by default
-    "class_balance": True,
-}
-"""Parts of a policy that is meta-trained by default, with their settings."""
-
-
-def new_policy(
-    model: SourceModel,
-    generator: GeneratorConfig | None = None,
-    objective: Mapping[str, float] | None = None,
-    parts: Mapping[str, Any] = DEFAULT_PARTS,
-    *,
-    learned_objective: bool = True,
-    seed: int = 0,
-    layers: Sequence[str] | None = None,
-) -> AdaptationPolicy:
-    """A policy before meta-training, drawn from ``seed``: it is tied to no model yet.
-
-    Args:
-        model: source model.
-        generator: settings of the generator.
-        objective: weight of each term at the start; terms of weight 0 are left out. None: SLR and diversity.
-        parts: settings of each part, as `MethodConfig.parts` says.
-        learned_objective: whether weights, and what could make an objective cheap, are learned.
-        seed: of the generator's and the parts' first values, and of what the policy draws online.
-        layers: patterns of the norm layers that adapt, as `MethodConfig.layers`; None: all.
-
-    Raises:
-        ConfigError: a setting is unknown or out of range.
-        ModelError: the model has nothing to adapt, or no place for a part.
-    """
-    check_kind("model", model, SourceModel, "a SourceModel", "wrap it in SourceModel(model)")
-    check_kind("parts", parts, Mapping, "a mapping of settings by part", "give {} for none")
-    if generator is not None:
-        check_kind("generator", generator, GeneratorConfig, "a GeneratorConfig", "give GeneratorConfig(variant=...)")
-    if objective is not None:
-        check_kind("objective", objective, Mapping, "a mapping of weights by term", "give for example {'slr': 1}")
-    check_range("seed", seed, 0, example="0")
-    given = {"slr": 1.0, "diversity": 1.0} if objective is None else objective
-    weights = {name: weight for name, weight in given.items() if weight != 0}
-    named = MethodConfig("policy", parts=dict(parts)).named_parts()
-    adapts = "experts_norm" if "experts" in named else "norm"
-    model = AdaptationPolicy("policy", layers=layers).restricted(model)
-
-    def build(name: str) -> Part:
-        return registry.get("part", name).build(named[name][1], model, seed)
-
-    with torch.random.fork_rng(devices=[]):
-        built = {name: build(name) for name in named if name == "experts"}  # first: their tensors get step sizes too
-        torch.manual_seed(seed)
-        probe = AdaptationPolicy("policy", parts=[*built.values()], adapts=adapts)
-        rule = GradientGenerator(generator or GeneratorConfig(), probe.layout(probe.attach(model)).names)
-        built |= {name: build(name) for name in named if name not in built}
-    found = [built[name] for name in named if learned_objective or built[name].own_judge != "drop"]
-    for part in found:
-        if part.own_judge == "freeze" and not learned_objective:
-            part.requires_grad_(False)
-    learned = WeightedObjective(weights, learned=learned_objective)
-    _check_teacher("policy", learned, found)
-    return AdaptationPolicy("policy", learned, rule, found, adapts, seed, layers=layers)

@@ -19,7 +19,7 @@ from metaopt.meta.resume import load_run, save_run
 from metaopt.models.weights import load_weights, read_weights
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
-from metaopt.policy.method import DEFAULT_PARTS
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..contracts.small_readers import FILES, reader_settings, write_files
 from ..tiny import CLASSES, random_images, tiny_config, tiny_model, tiny_net, tiny_policy

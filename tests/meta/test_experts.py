@@ -15,10 +15,10 @@ from metaopt.models import SourceModel
 from metaopt.models.spec import ModelSpec
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
-from metaopt.policy.method import DEFAULT_PARTS
 from metaopt.policy.part import settings
 from metaopt.policy.parts.experts import HANDING_ON, ExpertsPart, ExpertsPartConfig
 from metaopt.policy.parts.teacher import TeacherConfig
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..tiny import random_images, tiny_config
 from .cases import TinyResNet

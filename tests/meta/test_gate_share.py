@@ -11,8 +11,8 @@ from metaopt.meta import MetaTrainer
 from metaopt.meta.evaluate import deployed
 from metaopt.meta.gate_share import Signals, as_in_a_stream, asked_share, gate_signals, set_share, share_opened
 from metaopt.meta.loss import CleanTeacher
-from metaopt.policy.method import DEFAULT_PARTS
 from metaopt.policy.parts.update_gate import UpdateGate
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..tiny import random_images, tiny_config, tiny_model
 

@@ -21,10 +21,10 @@ from metaopt.models import SourceModel, load_source_model
 from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import adapted_layout, detached
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
-from metaopt.policy.method import DEFAULT_PARTS
 from metaopt.policy.parts.pruning import LEARNED, Pruning, PruningConfig
 from metaopt.policy.step import evaluate_on
 from metaopt.policy.step import loss_of as loss_from
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..tiny import random_images, tiny_config, tiny_model, tiny_policy
 

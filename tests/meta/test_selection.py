@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metaopt.meta import MetaTrainer
 from metaopt.meta import trainer as module
-from metaopt.policy.method import DEFAULT_PARTS
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..tiny import random_images, tiny_config, tiny_model
 

@@ -6,7 +6,7 @@ from metaopt.data import load_digits
 from metaopt.errors import ConfigError
 from metaopt.meta import MetaTrainConfig, MetaTrainer
 from metaopt.meta.trainer_state import MULTIPLIER_SPAN, next_multiplier
-from metaopt.policy.method import DEFAULT_PARTS
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..tiny import small_digits, tiny_config, trained_model
 

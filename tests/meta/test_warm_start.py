@@ -13,7 +13,7 @@ from metaopt.meta import MetaTrainConfig, MetaTrainer, meta_train
 from metaopt.meta.unroll import learned_groups
 from metaopt.optimizers.mgg import GeneratorConfig
 from metaopt.policy import AdaptationPolicy
-from metaopt.policy.method import DEFAULT_PARTS
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..tiny import random_images, tiny_config, tiny_model
 

@@ -9,7 +9,7 @@ from metaopt.models import SourceModel
 from metaopt.online import OnlineAdapter
 from metaopt.optimizers.mgg import VARIANTS
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
-from metaopt.policy.method import DEFAULT_PARTS
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..tiny import BARE, random_images, tiny_model, tiny_policy
 

@@ -13,8 +13,8 @@ from metaopt.meta.loss import CleanTeacher
 from metaopt.meta.unroll import MetaBatch
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method, transferred
-from metaopt.policy.method import DEFAULT_PARTS
 from metaopt.policy.parts.class_balance import COUNT, ClassBalance, ClassBalanceConfig
+from metaopt.policy.untrained import DEFAULT_PARTS
 from metaopt.types import StepOutput
 
 from ..meta.cases import TeacherLoss, policy_for, start, task, tiny_resnet

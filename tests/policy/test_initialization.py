@@ -16,11 +16,11 @@ from metaopt.online import OnlineAdapter
 from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import detached, flatten
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method, transferred
-from metaopt.policy.method import DEFAULT_PARTS
 from metaopt.policy.part import Part
 from metaopt.policy.parts.initialization import Initialization, InitializationConfig
 from metaopt.policy.parts.restoration import Restoration, RestorationConfig
 from metaopt.policy.step import StepContext, evaluate_on
+from metaopt.policy.untrained import DEFAULT_PARTS
 from metaopt.types import Parameters
 
 from ..meta.cases import GRADIENTS, MODELS, TeacherLoss, images, policy_for, start, task

@@ -11,9 +11,9 @@ from metaopt import registry
 from metaopt.errors import CheckpointError, ModelError
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy
-from metaopt.policy.method import DEFAULT_PARTS
 from metaopt.policy.part import Part
 from metaopt.policy.parts.fisher import Fisher
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..meta.cases import tiny_resnet
 from ..tiny import BARE, tiny_model, tiny_policy, with_parts

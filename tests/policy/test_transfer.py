@@ -15,8 +15,8 @@ from metaopt.online import OnlineAdapter
 from metaopt.optimizers.adam import Adam
 from metaopt.optimizers.mgg import VARIANTS, GradientGenerator
 from metaopt.policy import AdaptationPolicy, SourceRecord, transferred
-from metaopt.policy.method import DEFAULT_PARTS
 from metaopt.policy.parts.restoration import Restoration
+from metaopt.policy.untrained import DEFAULT_PARTS
 
 from ..meta.cases import TinyResNet
 from ..tiny import CLASSES, random_images, statistics_of, tiny_config, tiny_model, tiny_policy, with_parts

@@ -24,7 +24,7 @@ from metaopt.policy.step import StepContext
 from metaopt.types import Parameters
 
 WINDOW = 200.0  # images of the stream that count: layers behind adapted ones see other inputs after some updates
-EVERY = 8  # without a prior, whose way to normalise has the moments at hand, one batch in so many tells them
+EVERY = 8  # without a prior, whose way to normalise has the moments at hand, or compiled: one batch in so many tells
 
 
 class StreamMemory(NamedTuple):
@@ -93,7 +93,8 @@ class BatchStatistics(Part):
         memory = context.state[self.name]
         if context.few and memory.moments.mean.numel() > 0:
             context.statistics["stream"] = memory.moments
-        if counts is not None or int(memory.batches) % EVERY == 0:
+        at_hand = counts is not None and getattr(context.model, "compiled", None) is None
+        if at_hand or int(memory.batches) % EVERY == 0:
             context.moments = {}
 
     def settle(self, context: StepContext) -> None:
