@@ -89,7 +89,7 @@ class Met(NamedTuple):
     fault: str | None  # what stands in its place where there are faults
 
 
-def stream(batches: int, seed: int) -> Iterator[Met]:
+def stream(batches: int, seed: int, fault_every: int) -> Iterator[Met]:
     """Domains in random order, each for a while; batches of random size."""
     draw, clean = random.Random(seed), load_digits().stream
     names = ["clean", *shift_names("test")]
@@ -104,7 +104,7 @@ def stream(batches: int, seed: int) -> Iterator[Met]:
             left, name = draw.randint(*STAY), draw.choice(names)
         left -= 1
         chosen = torch.tensor([draw.randrange(len(clean)) for _ in range(draw.randint(*SIZES))])
-        fault = draw.choice([*FAULTS]) if draw.random() < 1 / FAULT_EVERY else None
+        fault = draw.choice([*FAULTS]) if draw.random() < 1 / fault_every else None
         yield Met(domains[name][chosen], clean.labels[chosen], fault)
 
 
@@ -140,7 +140,14 @@ class Outcome(NamedTuple):
     events: dict[str, int]
 
 
-def soak(batches: int, epochs: int = 0, unrolls: int = 20, seed: int = 0, report: bool = True) -> Outcome:
+def soak(
+    batches: int,
+    epochs: int = 0,
+    unrolls: int = 20,
+    seed: int = 0,
+    fault_every: int = FAULT_EVERY,
+    report: bool = True,
+) -> Outcome:
     """Run it; ``epochs`` of the source's training and ``unrolls`` an epoch of the policy's, 0: the defaults."""
     model = source_model(epochs)
     config = MetaTrainConfig(epochs=5, unrolls=unrolls)
@@ -148,7 +155,7 @@ def soak(batches: int, epochs: int = 0, unrolls: int = 20, seed: int = 0, report
     faulty, calm = OnlineAdapter(model, policy), OnlineAdapter(model, policy)
     outcome = Outcome([], [], [], [], Counter(), {})
     tallies, began = [Tally() for _ in range(3)], time.time()
-    for count, met in enumerate(stream(batches, seed), start=1):
+    for count, met in enumerate(stream(batches, seed, fault_every), start=1):
         if met.fault is None:
             tallies[0].add(faulty(met.images), met.labels)
             tallies[1].add(calm(met.images), met.labels)
