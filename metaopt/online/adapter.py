@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.activation_memory import ActivationMemory, MemoryConfig, Profiles
-from metaopt.errors import check_kind
+from metaopt.errors import BudgetError, check_kind
 from metaopt.experts.adapter import NAME as EXPERTS
 from metaopt.models import SourceModel, prior_layers
 from metaopt.online.adaptation_file import (
@@ -201,10 +201,7 @@ class OnlineAdapter:
             elif gathered is None:
                 output = replace(predict_on(*arguments, images, self.state), events=(WAITING,))
             else:
-                memory = None if self.memory.config.memory == "dense" else self.memory
-                self.parameters, self.state, output = adaptation_step(
-                    *arguments, self.state, gathered, self.apply, self.position, memory, self.start
-                )
+                output = self._adapted(gathered, len(images))
         if frozen is None:
             self.steps += 1
             self.updates += output.updated
@@ -212,6 +209,19 @@ class OnlineAdapter:
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
         return replace(output, logits=output.logits.detach()[-len(images) :], loss=loss, terms=terms)
+
+    def _adapted(self, gathered: Tensor, own: int) -> StepOutput:
+        """The output on gathered images, the last ``own`` of them new, and an update; on fewer where a budget asks."""
+        memory = None if self.memory.config.memory == "dense" else self.memory
+        while True:
+            arguments = self.policy, self.model, self.parameters, self.state, gathered, self.apply, self.position
+            try:
+                self.parameters, self.state, output = adaptation_step(*arguments, memory, self.start)
+                return output
+            except BudgetError:
+                if len(gathered) <= own:
+                    raise
+                gathered = self.gathering.fewer(gathered, own)
 
     def prepare(self, images: Images) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.

@@ -5,6 +5,7 @@ its objective and what it takes for a shift are of that size, and a few images u
 batches are answered as they come, and their images wait until an update can be made on all of them.
 """
 
+import logging
 from typing import Self
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from metaopt.errors import check_range
 from metaopt.policy import AdaptationPolicy
+
+_LOG = logging.getLogger(__name__)
 
 WAITING = "waiting"  # event: answered, and waiting for more images
 
@@ -43,6 +46,17 @@ class Gathering:
     def completed_by(self, images: Tensor) -> bool:
         """Whether images that wait would be enough with these."""
         return self.waiting is not None and len(self.waiting) + len(images) >= self.least
+
+    def fewer(self, gathered: Tensor, own: int) -> Tensor:
+        """The latest of the gathered images, half as many, where a budget of bytes is too small for all; for good.
+
+        Args:
+            gathered: (n, C, H, W).
+            own: how many of them are new, which stay.
+        """
+        self.least = max(own, len(gathered) // 2)
+        _LOG.warning("the budget is too small for updates on %d images: they are made on %d", len(gathered), self.least)
+        return gathered[-self.least :]
 
     def add(self, images: Tensor) -> Tensor | None:
         """All that have come together with these, (n, C, H, W), where that is enough; else None, and they wait.

@@ -185,3 +185,20 @@ def test_the_closing_table_leaves_out_what_shows_as_nothing_and_sums_all() -> No
     conv, total = memory_rows(rows)
     assert conv == rows[0].cells
     assert total == ("all", "", pytest.approx(3.004), pytest.approx(0.004), pytest.approx(3.002 / 3.004), "")
+
+
+def test_small_batches_are_gathered_as_far_as_a_budget_goes() -> None:
+    """What four images need is enough for streams of fours, whatever the policy would gather."""
+    with pytest.raises(BudgetError) as caught:
+        new_adapter(budget=0.01)(BATCHES[0][:4])
+    least = caught.value.smallest / 2**20
+    small, gathering = (
+        new_adapter(budget=least),
+        OnlineAdapter(small_resnet(), tent("rate_distortion"), memory="pruned", budget_mib=least, gather=24),
+    )
+    pieces = BATCHES[0].split(4)
+    run(small, [*pieces])
+    outputs = [gathering.step(images) for images in pieces]
+    assert gathering.gathering.least == 4 and outputs[-1].updated and outputs[-1].logits.shape[0] == 4
+    assert gathering.updates == 1 and small.updates == len(pieces)
+    assert gathering.step(pieces[0]).updated
