@@ -49,6 +49,7 @@ BARE = (
     "parts.batch_statistics=true",
     "parts.class_balance=false",
     "parts.initialization=false",
+    "parts.weight_ensembling=false",
 )
 EXPERTS = ("recipe=experts", "parts.experts.bottleneck=2")
 VIEWS = "method.parts.teacher.views=2"
@@ -127,6 +128,7 @@ METHODS: dict[str, tuple[tuple[str, ...], str | None]] = {
             "method.parts.class_balance=false",
             "method.parts.restoration=false",
             "method.parts.initialization=false",
+            "method.parts.weight_ensembling=false",
             "method.objective.entropy=1",
             "method.lr=0.003",
         ),
