@@ -79,10 +79,11 @@ def intact_images(images: Tensor) -> Tensor | None:
     Raises:
         DataError: most of the images are scaled otherwise: bytes as floats, or normalised already.
     """
-    low, high = images.flatten(1).aminmax(dim=1)  # (B,); NaN goes through
-    intact = (low >= -SLACK) & (high <= 1 + SLACK)
-    if bool(intact.all()):
+    least, most = images.aminmax()  # NaN goes through, and is no number in the range
+    if bool((least >= -SLACK) & (most <= 1 + SLACK)):
         return None
+    low, high = images.flatten(1).aminmax(dim=1)  # (B,)
+    intact = (low >= -SLACK) & (high <= 1 + SLACK)
     _check_scale(images, intact, low, high)
     return intact
 

@@ -6,7 +6,8 @@ Three things are watched, all from predictions that are there anyway, without la
 - **Classes far from even**, of methods with batch statistics: the mean :math:`\bar p` of all predicted class shares has
   :math:`e^{H(\bar p)} / C < 0.92`, after four batches and 40 images a class. Without batch statistics a shift alone
   brings this down (to 0.23 under gaussian noise), and nothing is told.
-- **Sorted by class**: counts of the predicted classes differ between neighbouring batches by more than chance allows.
+- **Sorted by class**: counts of the predicted classes differ between neighbouring batches (small ones are counted
+  together, up to 40 images) by more than chance allows.
   Of the latest 20 two-sample :math:`\chi^2` over their degrees of freedom, each 1 in expectation where images come in a
   random order, the mean without the largest fifth (a shift changes one of them) is above 1.3: where all is chance, in 2
   of 500 streams of 60 batches.
@@ -29,6 +30,7 @@ from torch import Tensor
 EVEN = 0.92  # effective number of predicted classes, over their number
 EVEN_BATCHES, EVEN_IMAGES = 4, 40  # images of each class
 SORTED, NEIGHBOURS = 1.3, 20
+COMPARED = 40  # images at least on either side: counts of a few differ for no reason
 KEPT = 0.8  # share of the differences that count, the smallest ones
 SMALL = 0.25  # of the batch size in meta-training
 
@@ -49,12 +51,13 @@ class StreamWatch:
         self.found: dict[str, str] = {}  # warnings so far, by what they are of
         self._counts = torch.zeros(classes, dtype=torch.float64)
         self._batches = self._small = 0
-        self._last: Tensor | None = None  # counts of the batch before
+        self._last: Tensor | None = None  # counts of the batch before, or of the batches
+        self._open: Tensor | None = None  # counts of smaller ones since, too few to be compared
         self._ratios: deque[float] = deque(maxlen=NEIGHBOURS)
 
     def reset(self) -> None:
         """The next batch is no neighbour of the last one; all else goes on."""
-        self._last = None
+        self._last = self._open = None
 
     def see(self, logits: Tensor) -> None:
         """Take in the predictions on a batch, (B, C); one that is not finite counts for nothing."""
@@ -62,9 +65,11 @@ class StreamWatch:
             return
         counts = torch.bincount(logits.argmax(dim=1), minlength=logits.shape[1]).double().cpu()
         self._batches, self._counts = self._batches + 1, self._counts + counts
-        if self._last is not None:
-            self._ratios.append(two_sample_ratio(self._last, counts))
-        self._last = counts
+        self._open = counts if self._open is None else self._open + counts
+        if int(self._open.sum()) >= COMPARED:
+            if self._last is not None:
+                self._ratios.append(two_sample_ratio(self._last, self._open))
+            self._last, self._open = self._open, None
         self._judge_size(len(logits))
         self._judge_evenness()
         self._judge_order()
@@ -77,6 +82,7 @@ class StreamWatch:
             "batches": self._batches,
             "small": self._small,
             "last": torch.empty(0) if self._last is None else self._last.clone(),
+            "open": torch.empty(0) if self._open is None else self._open.clone(),
             "ratios": list(self._ratios),
         }
 
@@ -85,7 +91,7 @@ class StreamWatch:
         self.found = {str(key): str(text) for key, text in values["found"].items()}
         self._counts = values["counts"].clone()
         self._batches, self._small = int(values["batches"]), int(values["small"])
-        self._last = values["last"].clone() if values["last"].numel() > 0 else None
+        self._last, self._open = (values[k].clone() if values[k].numel() > 0 else None for k in ("last", "open"))
         self._ratios = deque(map(float, values["ratios"]), maxlen=NEIGHBOURS)
 
     def _judge_size(self, images: int) -> None:

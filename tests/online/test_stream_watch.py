@@ -134,3 +134,15 @@ def test_two_classes_of_cifar_are_told_and_all_ten_are_not(kept: Any, expected: 
         for index in chosen.split(100):
             adapter(images[index].float() / 255)
         assert list(adapter.watch.found) == expected, corruption
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_small_batches_in_a_random_order_are_not_told_to_be_sorted(size: int) -> None:
+    watch, generator = StreamWatch(10, None, batch_statistics=False), torch.Generator().manual_seed(0)
+    for _ in range(3000 // size):
+        watch.see(10.0 * torch.eye(10)[torch.randint(10, (size,), generator=generator)])
+    assert not watch.found
+    for kind in range(10):
+        for _ in range(300 // size):
+            watch.see(10.0 * torch.eye(10)[torch.full((size,), kind)])
+    assert set(watch.found) == {"order"}
