@@ -7,7 +7,7 @@ from ..soak import FAULTS, soak
 
 @pytest.mark.slow
 def test_a_stream_with_faults_is_as_good_as_one_without() -> None:
-    found = soak(1500, epochs=6, unrolls=4, fault_every=20, report=False)
+    found = soak(1500, unrolls=8, fault_every=15, report=False)
     assert set(found.faults) == set(FAULTS)
     for tenth in range(1, 10):
         assert abs(found.with_faults[tenth] - found.without[tenth]) < 4, found

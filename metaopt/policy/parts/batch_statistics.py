@@ -93,8 +93,9 @@ class BatchStatistics(Part):
         memory = context.state[self.name]
         if context.few and memory.moments.mean.numel() > 0:
             context.statistics["stream"] = memory.moments
-        at_hand = counts is not None and getattr(context.model, "compiled", None) is None
-        if at_hand or int(memory.batches) % EVERY == 0:
+        compiled = getattr(context.model, "compiled", None) is not None
+        # A pass that tells moments runs uncompiled: not the first, which shows whether the network can be compiled.
+        if (counts is not None and not compiled) or int(memory.batches) % EVERY == compiled:
             context.moments = {}
 
     def settle(self, context: StepContext) -> None:
