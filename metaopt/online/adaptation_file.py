@@ -33,6 +33,7 @@ class Adaptation(NamedTuple):
     updates: int  # of these, updated on
     events: Mapping[str, int]  # how often each happened
     waiting: Tensor | None  # images that wait for an update
+    least: int  # that one is made on
     seed: int  # of augmented views
 
 
@@ -46,6 +47,7 @@ def adaptation_to_dict(adaptation: Adaptation, policy: AdaptationPolicy) -> dict
         "steps": adaptation.steps,
         "updates": adaptation.updates,
         "waiting": torch.empty(0) if adaptation.waiting is None else adaptation.waiting.clone(),
+        "least": adaptation.least,
         "seed": adaptation.seed,
         "events": dict(adaptation.events),
     }
@@ -143,7 +145,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
         for tensor in tensors:
             _check_tensor(f"state of {name}", tensor)
     _check_tensor("waiting images", values["waiting"])
-    for key in ("steps", "updates", "seed"):
+    for key in ("steps", "updates", "least", "seed"):
         if not _is_count(values[key]):
             raise ValueError(f"its {key} is {values[key]!r:.80}, no count")
     steps, updates, events = values["steps"], values["updates"], values["events"]
@@ -184,7 +186,14 @@ def _fitting(
     adapted = {name: parameters[name].to(own.device, copy=True) for name, own in like.items()}
     waiting = values["waiting"].to(next(iter(like.values())).device) if values["waiting"].numel() > 0 else None
     return Adaptation(
-        adapted, state, values["steps"], values["updates"], dict(values["events"]), waiting, values["seed"]
+        adapted,
+        state,
+        values["steps"],
+        values["updates"],
+        dict(values["events"]),
+        waiting,
+        max(1, values["least"]),
+        values["seed"],
     )
 
 

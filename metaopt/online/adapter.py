@@ -139,7 +139,7 @@ class OnlineAdapter:
                 self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
                 self.state = copied_state(self.policy.init(self.parameters))
             self.steps = self.updates = 0
-            self.gathering.waiting = None
+            self.gathering.reset()
             self.watch.reset()
             self.events.clear()
             names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
@@ -202,13 +202,14 @@ class OnlineAdapter:
                 output = replace(predict_on(*arguments, images, self.state), events=(WAITING,))
             else:
                 output = self._adapted(gathered, len(images))
+        logits = output.logits.detach()[-len(images) :]  # those before were answered when they came
         if frozen is None:
             self.steps += 1
             self.updates += output.updated
-            self.watch.see(output.logits.detach())
+            self.watch.see(logits)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
-        return replace(output, logits=output.logits.detach()[-len(images) :], loss=loss, terms=terms)
+        return replace(output, logits=logits, loss=loss, terms=terms)
 
     def _adapted(self, gathered: Tensor, own: int) -> StepOutput:
         """The output on gathered images, the last ``own`` of them new, and an update; on fewer where a budget asks."""
@@ -325,13 +326,15 @@ class OnlineAdapter:
         self._go_on(adaptation_from_dict(values, self.policy, self.parameters, self.source.num_classes))
 
     def _adaptation(self) -> Adaptation:
-        waiting, seed = self.gathering.waiting, self.policy.seed
-        return Adaptation(self.parameters, self.state, self.steps, self.updates, self.events, waiting, seed)
+        gathering, seed = self.gathering, self.policy.seed
+        counts = self.steps, self.updates, self.events
+        return Adaptation(self.parameters, self.state, *counts, gathering.waiting, gathering.least, seed)
 
     def _go_on(self, found: Adaptation) -> None:
         with self._lock:
             self.parameters = {name: tensor.requires_grad_() for name, tensor in found.parameters.items()}
             self.state, self.steps, self.updates = found.state, found.steps, found.updates
-            self.gathering.waiting, self.policy.seed = found.waiting, found.seed
+            self.gathering.waiting, self.gathering.least = found.waiting, found.least
+            self.policy.seed = found.seed
             self.events.clear()
             self.events.update(found.events)

@@ -31,7 +31,12 @@ class Gathering:
 
     def __init__(self, least: int = 1) -> None:
         check_range("gather", least, 1, example="32")
-        self.least = least
+        self.asked = least
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing waits, and as many images are waited for as at first."""
+        self.least = self.asked
         self.waiting: Tensor | None = None  # (n, C, H, W), fewer than least
 
     @classmethod
@@ -48,7 +53,7 @@ class Gathering:
         return self.waiting is not None and len(self.waiting) + len(images) >= self.least
 
     def fewer(self, gathered: Tensor, own: int) -> Tensor:
-        """The latest of the gathered images, half as many, where a budget of bytes is too small for all; for good.
+        """The latest of the gathered images, half as many, where a budget of bytes is too small for all; until a reset.
 
         Args:
             gathered: (n, C, H, W).

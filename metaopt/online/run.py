@@ -61,8 +61,9 @@ def run_stream(
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}: at least 1 image a batch is needed; raise it")
     met = partial(batches, batch_size=batch_size, device=device, seed=seed)
-    run = _Run(adapter, monitor or Monitor(None), torch.device(device), _batch_count(stream, batch_size))
     adapter.reset()
+    adapter.watch.clear()
+    run = _Run(adapter, monitor or Monitor(None), torch.device(device), _batch_count(stream, batch_size))
     if progress is not None:
         run.keep_by(progress, stream, met, {"setting": setting, "batch size": batch_size, "seed": seed})
     number = 0
@@ -73,10 +74,7 @@ def run_stream(
         if run.batch == 0:
             run.begin_domain(reset=setting == "reset")
         for batch in met(domain, skip=run.batch):
-            with run.decisions.watching(domain.name):
-                logits = run.step(batch)
-            run.score.update(logits, batch.labels)
-            run.log(domain.name)
+            logits = run.answer(batch, domain.name)
             if on_batch is not None:
                 on_batch(domain.name, domain.severity, batch, logits)
             run.end_batch(batch)
@@ -195,6 +193,14 @@ class _Run:
             raise ValueError(f"it has {values['steps']} batches and measured {self.steps}")
         self.adapter.watch.load_state_dict(values["watch"])
         self.warned = len(self.adapter.warnings)
+
+    def answer(self, batch: Batch, domain: str) -> Tensor:
+        """Predict, adapt, score and draw curves; logits (B, C)."""
+        with self.decisions.watching(domain):
+            logits = self.step(batch)
+        self.score.update(logits, batch.labels)
+        self.log(domain)
+        return logits
 
     def step(self, batch: Batch) -> Tensor:
         """Predict and adapt; logits (B, C)."""

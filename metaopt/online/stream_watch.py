@@ -47,9 +47,13 @@ class StreamWatch:
     """
 
     def __init__(self, classes: int, trained_batch: int | None, batch_statistics: bool) -> None:
-        self.trained_batch, self.batch_statistics = trained_batch, batch_statistics
+        self.classes, self.trained_batch, self.batch_statistics = classes, trained_batch, batch_statistics
+        self.clear()
+
+    def clear(self) -> None:
+        """Another stream: what was seen and told so far is forgotten."""
         self.found: dict[str, str] = {}  # warnings so far, by what they are of
-        self._counts = torch.zeros(classes, dtype=torch.float64)
+        self._counts = torch.zeros(self.classes, dtype=torch.float64)
         self._batches = self._small = 0
         self._last: Tensor | None = None  # counts of the batch before, or of the batches
         self._open: Tensor | None = None  # counts of smaller ones since, too few to be compared

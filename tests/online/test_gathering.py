@@ -113,3 +113,19 @@ def test_broken_images_do_not_wait() -> None:
     adapter(images)
     waiting: Tensor | None = adapter.gathering.waiting
     assert waiting is not None and torch.equal(waiting, BATCHES[0][[0, 2, 3]])
+
+
+def test_what_a_budget_has_made_of_it_is_saved_too(tmp_path: Path) -> None:
+    first, second = gathering("default"), gathering("default")
+    first(BATCHES[0][:4])
+    first.gathering.fewer(BATCHES[0], 2)
+    first.save(tmp_path / "stream.pt")
+    second.load(tmp_path / "stream.pt")
+    assert second.gathering.least == first.gathering.least == 4
+
+
+def test_a_watch_sees_each_image_once() -> None:
+    adapter = gathering("default")
+    for images in STREAM.split(2):
+        adapter(images)
+    assert int(adapter.watch._counts.sum()) == len(STREAM)

@@ -202,3 +202,5 @@ def test_small_batches_are_gathered_as_far_as_a_budget_goes() -> None:
     assert gathering.gathering.least == 4 and outputs[-1].updated and outputs[-1].logits.shape[0] == 4
     assert gathering.updates == 1 and small.updates == len(pieces)
     assert gathering.step(pieces[0]).updated
+    gathering.reset()
+    assert gathering.gathering.least == 24

@@ -344,3 +344,17 @@ def test_a_stream_that_shifts_is_told_by_distance_and_count(tmp_path: Path) -> N
     assert report.guard_events == {"nonfinite": 0, "restored": 1, "skipped": 4}
     assert report.updates == 4
     assert [value for _, value in read_scalars(tmp_path, "online/guard/restored")] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_a_second_run_of_an_adapter_reports_what_a_fresh_one_does() -> None:
+    adapter = new_adapter("policy")
+    adapter(torch.full_like(random_images(8), torch.nan))
+    for _ in range(4):
+        adapter.watch._warn("order", "sorted")
+    again, fresh = (run_stream(each, two_domains(), batch_size=16) for each in (adapter, new_adapter("policy")))
+    assert (again.guard_events, again.warnings, again.mean_error, again.updates) == (
+        fresh.guard_events,
+        fresh.warnings,
+        fresh.mean_error,
+        fresh.updates,
+    )
