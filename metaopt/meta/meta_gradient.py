@@ -59,6 +59,17 @@ def meta_gradient(
         ConfigError: fewer than two batches, a policy that never updates, or ``full`` with an update gate.
     """
     config = config or UnrollConfig()
+    _check(policy, batches, config)
+    assert policy.rule is not None
+    kind = FullUnroll if config.gradient == "full" else FirstOrderUnroll
+    apply = apply or FuncApply(policy.rule)
+    unroll = kind(policy, model, batches, meta_loss, apply, config, budget, generator, lagrange_multiplier, position)
+    parameters, state = unroll.run(parameters, state)
+    return MetaGradient(unroll.losses, unroll.gradients, parameters, state, unroll.opened)
+
+
+def _check(policy: AdaptationPolicy, batches: Sequence[MetaBatch], config: UnrollConfig) -> None:
+    """Refuse what cannot be unrolled and differentiated."""
     if len(batches) < 2:
         raise ConfigError(f"an unroll got {len(batches)} batches; it needs K + 1 >= 2: give at least two")
     if policy.rule is None:
@@ -72,21 +83,6 @@ def meta_gradient(
             "meta.gradient is full and the policy has an update gate, which has no derivative there; allowed is "
             "first_order: set meta.gradient=first_order"
         )
-    kind = FullUnroll if config.gradient == "full" else FirstOrderUnroll
-    unroll = kind(
-        policy,
-        model,
-        batches,
-        meta_loss,
-        apply or FuncApply(policy.rule),
-        config,
-        budget,
-        generator,
-        lagrange_multiplier,
-        position,
-    )
-    parameters, state = unroll.run(parameters, state)
-    return MetaGradient(unroll.losses, unroll.gradients, parameters, state, unroll.opened)
 
 
 class FullUnroll(Unroll):

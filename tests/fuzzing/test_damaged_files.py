@@ -21,9 +21,12 @@ def test_every_reader_is_among_the_subjects() -> None:
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_a_good_file_is_read(name: str, tmp_path: Path) -> None:
+def test_a_good_file_is_read_and_stays_as_it_is(name: str, tmp_path: Path) -> None:
     SUBJECTS[name].write(tmp_path)
-    SUBJECTS[name].read(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    SUBJECTS[name].read(tmp_path)  # raises where a value is not as written
+    assert before == {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert SUBJECTS[name].file in before or (tmp_path / SUBJECTS[name].file).is_file()
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
