@@ -64,14 +64,16 @@ class Predictions:
                 )
 
     def add(self, domain: str, severity: float, batch: Batch, logits: Tensor) -> None:
-        """Take in one batch; a row of logits without a softmax has confidence 0.
+        """Take in one batch; logits without a softmax have confidence 0, and those with NaN no prediction.
 
         Raises:
             OutputError: it cannot be written, or another process is writing the file.
         """
         labels = [""] * len(batch.index) if batch.labels is None else batch.labels.tolist()
         confidence = [f"{value:.6f}" for value in confidences(logits).tolist()]
-        columns = batch.index.tolist(), logits.argmax(dim=1).tolist(), confidence, labels
+        unknown = logits.isnan().any(dim=1).tolist()
+        predicted = ["" if nan else k for nan, k in zip(unknown, logits.argmax(dim=1).tolist(), strict=True)]
+        columns = batch.index.tolist(), predicted, confidence, labels
         rows = [
             (index, domain, f"{severity:g}", prediction, sure, label)
             for index, prediction, sure, label in zip(*columns, strict=True)

@@ -16,13 +16,13 @@ HEAD = "index,domain,severity,prediction,confidence,label\n"
 
 
 def batch(first: int, labels: Tensor | None = None) -> tuple[str, float, Batch, Tensor]:
-    """Two images, predicted as class 1 and, with NaN in the logits, anything."""
+    """Two images, predicted as class 1 and, with NaN in the logits, not at all."""
     logits = torch.tensor([[0.0, 0.0], [torch.nan, 0.0]]) + torch.tensor([0.0, 1.0])
     return "fog", 2.5, Batch(torch.zeros(2, 3, 4, 4), labels, torch.tensor([first, first + 1])), logits
 
 
 def rows(*firsts: int) -> str:
-    return "".join(f"{first},fog,2.5,1,0.731059,\n{first + 1},fog,2.5,0,0.000000,\n" for first in firsts)
+    return "".join(f"{first},fog,2.5,1,0.731059,\n{first + 1},fog,2.5,,0.000000,\n" for first in firsts)
 
 
 def test_each_batch_is_in_the_file_at_once(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_each_batch_is_in_the_file_at_once(tmp_path: Path) -> None:
         predictions.add(*batch(7, torch.tensor([1, 0])))
     assert (tmp_path / "predictions.csv").read_text().splitlines()[1:] == [
         "7,fog,2.5,1,0.731059,1",
-        "8,fog,2.5,0,0.000000,0",
+        "8,fog,2.5,,0.000000,0",
     ]
 
 
