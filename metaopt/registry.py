@@ -41,6 +41,7 @@ PARTS: dict[str, Any] = {
     "fisher": "metaopt.policy.parts.fisher:Fisher",
     "recovery": "metaopt.policy.parts.recovery:Recovery",
     "weight_ensembling": "metaopt.policy.parts.weight_ensembling:WeightEnsembling",
+    "class_skew": "metaopt.policy.parts.class_skew:ClassSkew",
     "class_balance": "metaopt.policy.parts.class_balance:ClassBalance",
     "pruning": "metaopt.policy.parts.pruning:Pruning",
 }

@@ -123,10 +123,10 @@ class FirstOrderUnroll(Unroll):
             context = self.context(parameters, state, position)
             with torch.no_grad():
                 meet(context)
-            notes.signals.append({name: signal.detach() for name, signal in context.signals.items()})
             context.parameters = detached(context.parameters)
             with torch.no_grad():
                 z = decision(context)
+            notes.signals.append({name: signal.detach() for name, signal in context.signals.items()})
             before = context.state
             inner, output = self._note(context, self.batches[position], notes)
             if inner is not None:

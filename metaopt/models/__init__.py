@@ -5,6 +5,7 @@ from metaopt.models.registry import OWN_MODELS, load_source_model
 from metaopt.models.source_model import SourceModel
 from metaopt.models.source_prior import (
     ChannelMoments,
+    Shrinkage,
     SourcePrior,
     merged_moments,
     prior_layers,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.errors import DataError, ModelError
-from metaopt.models.source_prior import ChannelMoments, Recorded, SourcePrior, recording_hooks
+from metaopt.models.source_prior import ChannelMoments, Recorded, Shrinkage, SourcePrior, recording_hooks
 from metaopt.types import HALF
 
 
@@ -15,7 +15,7 @@ from metaopt.types import HALF
 def by_batch(
     module: nn.Module,
     enabled: bool,
-    prior: Tensor | None,
+    prior: Tensor | Shrinkage | None,
     stream: ChannelMoments | None,
     record: Recorded | None,
     inputs: Tensor,

@@ -20,7 +20,7 @@ from metaopt.models.blocks import find_blocks, pool_features
 from metaopt.models.compiled import CompiledForward
 from metaopt.models.identify import Identity, identify
 from metaopt.models.normalisation import by_batch, single_values_refused
-from metaopt.models.source_prior import ChannelMoments, Recorded, complete
+from metaopt.models.source_prior import ChannelMoments, Recorded, Shrinkage, complete
 from metaopt.models.spec import ModelSpec, channel_values, class_indices
 from metaopt.models.unwrap import unwrapped
 from metaopt.norm_layers import fixed_tensors
@@ -154,7 +154,7 @@ class SourceModel(nn.Module):
         images: Tensor,
         batch_statistics: bool = False,
         features: bool = False,
-        prior: Tensor | None = None,
+        prior: Tensor | Shrinkage | None = None,
         stream: ChannelMoments | None = None,
         record: Recorded | None = None,
     ) -> ForwardOutput:
@@ -167,7 +167,8 @@ class SourceModel(nn.Module):
                 buffers.
             features: also give each block's output, pooled to (B, D_l).
             prior: with batch statistics, for how many images the source's count beside them
-                (`metaopt.models.source_prior`): one number for all BatchNorm layers, (), or one for each, (L,).
+                (`metaopt.models.source_prior`): one number for all BatchNorm layers, (), or one for each, (L,); or how
+                the batch's are shrunk to the source's.
             stream: with batch statistics, what earlier images counted for beside the source.
             record: with batch statistics, takes this batch's moments at each BatchNorm layer.
 

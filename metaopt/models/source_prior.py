@@ -13,6 +13,9 @@ take the result to where the mixture would have it:
 
 So torch's own kernel runs, backward keeps one activation as before, and whatever stores that kernel's input in few bits
 goes on doing so. Backward takes the batch's statistics *in these factors* as constants.
+
+Where batches hold a few classes alone, their statistics differ from the source's without any shift. A
+:class:`Shrinkage` takes them as far as they differ by more (`metaopt.policy.parts.class_skew`).
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +49,20 @@ class ChannelMoments(NamedTuple):
     variance: Tensor
 
 
+class Shrinkage(NamedTuple):
+    r"""Statistics are shrunk to the source's: V of their squared distance D from it is there without any shift.
+
+    With batch and stream together, by their images, as :math:`\mu_J, \sigma_J^2`, a layer normalises by
+
+    .. math:: \mu_S + w\,(\mu_J - \mu_S), \quad \sigma_S^2 + w\,(\sigma_J^2 - \sigma_S^2), \qquad
+        w = \max(0, 1 - V / D), \quad D = \mathrm{mean}_c\, (\mu_J - \mu_S)_c^2 / \sigma_{S,c}^2
+
+    (the positive-part estimator of James and Stein, 1961, of the shift).
+    """
+
+    unshifted: Tensor  # V of each layer of `prior_layers`, (L,)
+
+
 Recorded = dict[int, tuple[Tensor, Tensor]]
 """Mean and variance of a batch at each layer, by its place in `prior_layers`; the source's where it did not run."""
 
@@ -58,7 +75,8 @@ class SourcePrior(TorchFunctionMode):
 
     Args:
         module: the network, in ``eval()``.
-        counts: N of each layer of :func:`prior_layers`, (L,), at least 0; or one for all, (); None: the batch alone.
+        counts: N of each layer of :func:`prior_layers`, (L,), at least 0; or one for all, (); None: the batch alone. Or
+            how statistics are shrunk to the source's.
         stream: counts beside the source, for M images; None or without images: nothing does.
         record: where the batch's own moments go, of each layer's first call; None: nowhere.
 
@@ -69,21 +87,24 @@ class SourcePrior(TorchFunctionMode):
     def __init__(
         self,
         module: nn.Module,
-        counts: Tensor | None,
+        counts: Tensor | Shrinkage | None,
         stream: ChannelMoments | None = None,
         record: Recorded | None = None,
     ) -> None:
         super().__init__()
         names = prior_layers(module)
-        if counts is not None and counts.ndim > 0 and len(counts) != len(names):
+        given = counts.unshifted if isinstance(counts, Shrinkage) else counts
+        if given is not None and given.ndim > 0 and len(given) != len(names):
             raise ModelError(
-                f"the prior has {len(counts)} counts and {type(module).__name__} has {len(names)} BatchNorm layers "
+                f"the prior has {len(given)} counts and {type(module).__name__} has {len(names)} BatchNorm layers "
                 "with source statistics; allowed is one count for each, or a single one"
             )
         layers = [module.get_submodule(name) for name in names]
         self._record = record
         self._places = {id(layer.running_mean): place for place, layer in enumerate(layers)}
-        self._references = _references(layers, counts, stream)
+        self._shrinkage = counts if isinstance(counts, Shrinkage) else None
+        self._sources = [(widened(mean), widened(variance)) for mean, variance in map(_buffers, layers)]
+        self._references = _references(layers, None if isinstance(counts, Shrinkage) else counts, stream)
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -110,30 +131,46 @@ class SourcePrior(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         """F.batch_norm by the mixture; arguments are its own."""
-        count, source_mean, source_variance = self._references[place]
+        (source_mean, source_variance), count = self._sources[place], self._references[place].count
+        mixes = count is not None or self._shrinkage is not None
         weight, bias = (None if tensor is None else widened(tensor) for tensor in (weight, bias))
         if input.numel() == input.shape[1]:
             if self._record is not None:
                 self._record.setdefault(place, (source_mean, source_variance))
             return functional.batch_norm(input, source_mean, source_variance, weight, bias, False, momentum, eps)
-        if count is None and self._record is None:
+        if not mixes and self._record is None:
             return functional.batch_norm(input, None, None, weight, bias, True, momentum, eps)
         mean, variance = channel_moments(input, source_mean)
         if self._record is not None:
             self._record.setdefault(place, (mean, variance))
-        if count is None:
+        if not mixes:
             return functional.batch_norm(input, None, None, weight, bias, True, momentum, eps)
-        share = input.shape[0] / (input.shape[0] + count.to(mean))
-        mixed = torch.lerp(source_variance, variance, share)
+        centre, mixed = self._mixture(place, input.shape[0], mean, variance, eps)
         if not torch.is_grad_enabled():  # nothing to take back: one pass less, for the statistics are known
-            centre = torch.lerp(source_mean, mean, share)
             return functional.batch_norm(input, centre, mixed, weight, bias, False, momentum, eps)
         scale = ((variance + eps) / (mixed + eps)).sqrt()
-        shift = (mean - torch.lerp(source_mean, mean, share)) * (mixed + eps).rsqrt()
+        shift = (mean - centre) * (mixed + eps).rsqrt()
         if weight is not None:
             scale, shift = weight * scale, weight * shift
         shift = shift if bias is None else bias + shift
         return functional.batch_norm(input, None, None, scale, shift, True, momentum, eps)
+
+    def _mixture(
+        self, place: int, images: int, mean: Tensor, variance: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer normalises by, mean and variance, (C,), where a batch of so many images has these."""
+        count, other_mean, other_variance = self._references[place]
+        if count is not None:
+            share = images / (images + count.to(mean))
+            apart = (mean - other_mean).square() * (share * (1 - share))
+            mean, variance = torch.lerp(other_mean, mean, share), torch.lerp(other_variance, variance, share)
+            variance = variance if self._shrinkage is None else variance + apart  # of both sets of images together
+        if self._shrinkage is None:
+            return mean, variance
+        source_mean, source_variance = self._sources[place]
+        distance = ((mean - source_mean).square() / (source_variance + eps)).mean()
+        share = (1 - self._shrinkage.unshifted[place].to(distance) / distance.clamp_min(1e-12)).clamp_min(0)
+        return torch.lerp(source_mean, mean, share), torch.lerp(source_variance, variance, share)
 
 
 class _Reference(NamedTuple):
@@ -230,5 +267,7 @@ def merged_moments(known: ChannelMoments, record: Recorded, images: int, window:
         return ChannelMoments(known.count.new_full((), min(images, window)), mean, variance)
     before = known.count.clamp_max(max(window - images, 0.0))
     share = images / (before + images)
+    apart = (mean - known.mean).square() * (share * (1 - share))
     total = (before + images).clamp_max(window)
-    return ChannelMoments(total, torch.lerp(known.mean, mean, share), torch.lerp(known.variance, variance, share))
+    variance = torch.lerp(known.variance, variance, share) + apart
+    return ChannelMoments(total, torch.lerp(known.mean, mean, share), variance)

@@ -35,6 +35,7 @@ class StepContext:
     signals: dict[str, Tensor] = field(default_factory=dict)  # what was told of the batch, by name
     tensors: Parameters = field(default_factory=dict)  # stand in for the model's own, beside the adapted ones
     statistics: dict[str, Any] = field(default_factory=dict)  # how layers normalise: arguments of the source model
+    notes: dict[str, Any] = field(default_factory=dict)  # what parts keep of the batch until it is done, by their names
     events: list[str] = field(default_factory=list)  # what parts did out of the ordinary
     losses: list[Tensor] = field(default_factory=list)  # at each look that the rule took, detached scalars
     few: bool = False  # whether the images are too few to tell what their domain is like
@@ -150,10 +151,9 @@ def meet(context: StepContext, signals: dict[str, Tensor] | None = None) -> None
 
 
 def decision(context: StepContext) -> Tensor | None:
-    """z, above 0 where the batch is worth an update; None where nobody decides, and every batch is."""
-    for part in context.acting("decide"):
-        return part.decide(context)
-    return None
+    """z, above 0 where the batch is worth an update: the least of all who decide; None where nobody does, and it is."""
+    decided = [part.decide(context) for part in context.acting("decide")]
+    return torch.stack(decided).min() if len(decided) > 1 else decided[0] if decided else None
 
 
 def should_update(context: StepContext) -> bool:
@@ -167,7 +167,7 @@ def update(context: StepContext, apply: ApplyUpdate, memory: ActivationMemory | 
     """Predict and update; what the rule refuses leaves everything as it was."""
 
     def loss_on(images: Tensor) -> Tensor:
-        return loss_of(evaluate(replace(context, images=images, signals={})))
+        return loss_of(evaluate(replace(context, images=images, signals={}, notes={})))
 
     before, here, pruning = context.state, context.parameters, context.state.get("pruning")
     kept = nullcontext() if memory is None else memory.step(context.model, loss_on, here, pruning, context.images)
@@ -201,8 +201,7 @@ def settle(context: StepContext) -> None:
 def evaluate(context: StepContext) -> StepOutput:
     """Predict and weigh the loss, with a graph where the parameters have one."""
     objective = context.policy.objective
-    for part in context.acting("condition"):
-        part.condition(context)
+    condition(context)
     needs = frozenset[str]() if objective is None else objective.needs
     taught = teach(context) if "teacher" in needs else None
     recording: dict[str, Any] = {} if context.moments is None else {"record": context.moments}
@@ -220,6 +219,12 @@ def evaluate(context: StepContext) -> StepOutput:
             terms[name], weights[name] = value, loss.new_tensor(weight)
             loss = loss + weight * value
     return StepOutput(logits, loss, terms, weights)
+
+
+def condition(context: StepContext) -> None:
+    """Settle what the forward pass takes."""
+    for part in context.acting("condition"):
+        part.condition(context)
 
 
 def weigh(context: StepContext, logits: Tensor) -> Tensor | None:
@@ -273,8 +278,7 @@ def predict_on(
 def predict(context: StepContext) -> StepOutput:
     """Predict alone, by one forward pass without a graph or a loss."""
     with torch.no_grad():
-        for part in context.acting("condition"):
-            part.condition(context)
+        condition(context)
         return StepOutput(answer(context, None))
 
 

@@ -50,6 +50,7 @@ BARE = (
     "parts.class_balance=false",
     "parts.initialization=false",
     "parts.weight_ensembling=false",
+    "parts.class_skew=false",
 )
 EXPERTS = ("recipe=experts", "parts.experts.bottleneck=2")
 VIEWS = "method.parts.teacher.views=2"
@@ -129,6 +130,7 @@ METHODS: dict[str, tuple[tuple[str, ...], str | None]] = {
             "method.parts.restoration=false",
             "method.parts.initialization=false",
             "method.parts.weight_ensembling=false",
+            "method.parts.class_skew=false",
             "method.objective.entropy=1",
             "method.lr=0.003",
         ),

@@ -15,7 +15,13 @@ from ..tiny import BARE, random_images, tiny_model, tiny_policy
 
 BATCHES = [random_images(8, seed) for seed in range(8)]
 # Two of the batches count as a new domain, which brings some of the start back.
-PARTS = {**DEFAULT_PARTS, "restoration": {"threshold": 1.2}}
+# Random images look skewed to a random network: none counts as such here, and every second batch is looked at.
+PARTS = {
+    **DEFAULT_PARTS,
+    "restoration": {"threshold": 1.2},
+    "class_skew": {"every": 2, "evenness": 1e-9, "slope": 1e9},
+}
+SKEWED = {**PARTS, "class_skew": {"every": 2, "evenness": 0.999, "slope": 1e-9}}
 
 
 def method(name: str, update: str, objective: dict[str, float]) -> AdaptationPolicy:
@@ -33,6 +39,7 @@ def default_policy(gate_bias: float | None = None) -> AdaptationPolicy:
 DEFAULT: dict[str, Callable[[], AdaptationPolicy]] = {
     "default": default_policy,
     "default with gate": lambda: default_policy(gate_bias=0.8),
+    "default, skewed": lambda: tiny_policy(tiny_model(), parts=SKEWED),
 }
 UPDATING: dict[str, Callable[[], AdaptationPolicy]] = {
     "tent": lambda: method("tent", "adam", {"entropy": 1.0}),
@@ -50,8 +57,8 @@ UPDATES = {name: 8 if name in UPDATING else 0 for name in METHODS} | {"default w
 """Batches of the eight that are updated on."""
 QUIET: dict[str, dict[str, int]] = {
     **{name: {"nonfinite": 0} for name in METHODS},
-    "default": {"nonfinite": 0, "restored": 0, "anchored": 0},
-    "default with gate": {"nonfinite": 0, "restored": 0, "skipped": 0, "anchored": 0},
+    **{name: {"nonfinite": 0, "restored": 0, "anchored": 0, "skewed": 0} for name in DEFAULT},
+    "default with gate": {"nonfinite": 0, "restored": 0, "skipped": 0, "anchored": 0, "skewed": 0},
 }
 """What is counted of each method, before anything happened."""
 

@@ -49,9 +49,9 @@ class ClassBalance(Part):
         """The correction is one of each batch."""
         return "class_balance, which corrects by what each batch as a whole is predicted to hold"
 
-    def answer(self, _context: StepContext, logits: Tensor) -> Tensor:
-        """z' of a batch's logits z, (B, C)."""
-        return self.corrected(logits)
+    def answer(self, context: StepContext, logits: Tensor) -> Tensor:
+        """z' of a batch's logits z, (B, C); z of one that is known to hold a few classes (`class_skew`)."""
+        return logits if bool(context.signals.get("skewed", False)) else self.corrected(logits)
 
     def corrected(self, logits: Tensor) -> Tensor:
         """The same without a step."""

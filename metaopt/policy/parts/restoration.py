@@ -77,6 +77,7 @@ class Restoration(Part):
     def restore(self, context: StepContext) -> None:
         """theta + rho (theta_S - theta), differentiable in the parameters and in what is learned."""
         distance, start = context.signals["shift_distance"], context.start
+        distance = distance / context.signals.get("design_effect", 1.0)
         strength = self.strength(distance)
         context.parameters = {
             name: torch.lerp(tensor, start[name], strength.to(tensor)) for name, tensor in context.parameters.items()

@@ -1,0 +1,301 @@
+r"""Class skew: batches that hold a few classes alone, as of streams that are sorted by class.
+
+Of those a network that normalises by the batch spreads its predictions over all classes, and is wrong; what it would
+learn from them ruins it; and nothing that it predicts tells. So at a domain's first batch, and at one in ``every`` after
+it, the part looks with other eyes: the *cautious pass* has the source's own parameters, and BatchNorm statistics that
+are shrunk to the source's as far as a batch of one class differs from it without a shift
+(`metaopt.models.source_prior.Shrinkage`, :math:`V = s_1 F + s_2 A / n + s_3 C g`). Where the classes that it predicts, with mean shares
+:math:`\bar p`, are clearly fewer than as many images of even classes would show, or the policy's own pass is less sure,
+
+.. math:: \frac{\bar H_{own} - \bar H_{cautious}}{\log C} > \mathrm{slope}\,(e - \mathrm{evenness}), \qquad
+    e = \exp\big(H(\bar p) - \mathrm{E}[H_n]\big) < 0.9,
+
+with mean entropies :math:`\bar H` of both passes' predictions,
+the batch is *skewed*: the cautious pass answers, no update is made, and the next batch is looked at too. The part
+remembers the statistics and the class shares :math:`\pi` of what it looked at in a domain; the more classes were there,
+the less need of caution: :math:`g = (\sum_k \pi_k^2 - 1/C) / (1 - 1/C)`, with the present batch taken for one of the most
+frequent class. F, A and C: `metaopt.models.class_variation`. The scales s are learned.
+
+Neighbouring batches of a stream that is sorted by class lie far from each other without any shift of domain. While
+batches are skewed, distances count for less by the design effect :math:`1 + (n - 1) \rho` of n images of one class, with
+:math:`\rho` the share of classes in the variance of what the shift distance looks at, on clean images.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Binomial
+
+from metaopt.errors import ConfigError, check_positive, check_range
+from metaopt.models import ChannelMoments, Shrinkage, SourceModel, merged_moments, prior_layers
+from metaopt.models.class_variation import class_variation, variation
+from metaopt.parameters import adapted_layout, own_values
+from metaopt.policy.part import Part
+from metaopt.policy.parts.shift_distance import image_statistics
+from metaopt.policy.step import StepContext, condition
+from metaopt.types import ForwardOutput, Parameters, StepOutput
+
+EVEN = 0.9  # of e, from where no second look is needed
+WINDOW = 2000.0  # images of a domain that count; the cautious pass has constant parameters, so they stay true
+SCALES = (2.0, 2.0, 4.0)  # s_1 to s_3 before meta-training
+
+
+class SkewState(NamedTuple):
+    """What the part remembers of a domain."""
+
+    batches: Tensor  # since it began, ()
+    skewed: Tensor  # whether the last look found it so, 0 or 1, ()
+    shares: Tensor  # pi of the images looked at, (C,); empty before any
+    moments: ChannelMoments  # of the same; their count is theirs
+
+
+class Look(NamedTuple):
+    """What a cautious pass found of one batch."""
+
+    logits: Tensor  # (B, C)
+    moments: dict[int, tuple[Tensor, Tensor]]  # at each BatchNorm layer
+    skewed: bool
+
+
+@dataclass(frozen=True)
+class ClassSkewConfig:
+    """When batches are looked at, and which are skewed."""
+
+    every: int = 8  # batches, while the classes are even
+    evenness: float = 0.6  # e at which a batch is skewed where both passes are equally sure
+    slope: float = 0.13  # by how much more sure, in shares of log C, the cautious pass has to be for an e that is larger by 1
+
+    def __post_init__(self) -> None:
+        """Check every value against its range."""
+        check_range("class_skew.every", self.every, 1, example="8")
+        if not 0 < self.evenness < 1:
+            raise ConfigError(
+                f"class_skew.evenness is {self.evenness}; allowed is 0 < evenness < 1, or class_skew=false: set 0.6"
+            )
+        check_positive("class_skew.slope", self.slope, "0.13")
+
+
+class ClassSkew(Part):
+    """Batches of a few classes are told, answered with caution, and not learned from.
+
+    Args:
+        config: when batches are looked at.
+        layers: names of the BatchNorm layers (`metaopt.models.prior_layers`).
+    """
+
+    Config = ClassSkewConfig
+    name = "class_skew"
+    events = ("skewed",)
+    own_judge = "freeze"
+
+    def __init__(self, config: ClassSkewConfig | None = None, layers: Sequence[str] = ()) -> None:
+        super().__init__(config)
+        self.layers = tuple(layers)
+        self.register_buffer("variation", torch.full((3, len(self.layers)), -1.0))  # F, A and C
+        self.register_buffer("correlation", torch.tensor(-1.0))  # rho
+        self.log_scales = nn.Parameter(torch.tensor(SCALES).log()) if self.layers else None
+
+    @classmethod
+    def build(cls, config: ClassSkewConfig, model: SourceModel, seed: int = 0) -> Self:
+        """For the BatchNorm layers of a model, if it has some."""
+        return cls(config, prior_layers(model.module))
+
+    def prepare(self, model: nn.Module, images: Callable[[], Tensor], batch_size: int) -> None:
+        """Learn from clean source images what differs without a shift, unless it is known."""
+        if self._known or not isinstance(model, SourceModel):
+            return
+        found = class_variation(model, images(), batch_size)
+        told = torch.stack([found.offset, found.between_images, found.between_classes])
+        self.variation = told.to(self.variation)
+        layers = [name.rpartition(".")[0] for name in adapted_layout(model).names]
+        statistics = image_statistics(model, list(dict.fromkeys(layers)), images())
+        scale = statistics.var(dim=0).clamp_min(1e-12)
+        self.correlation = variation(statistics, found.predicted, scale)[1].clamp(0, 1).to(self.correlation)
+
+    @property
+    def _known(self) -> bool:
+        return bool(self.correlation >= 0)
+
+    def init(self, parameters: Parameters) -> SkewState:
+        """Nothing yet."""
+        like = next(iter(parameters.values())).detach()
+        zero, empty = like.new_zeros(()), like.new_zeros(0)
+        return SkewState(zero, zero.clone(), empty, ChannelMoments(zero.clone(), empty.clone(), empty.clone()))
+
+    def observe(self, context: StepContext) -> None:
+        """Tell how much further apart batches lie than in a random order, where the last look found them skewed."""
+        skewed, others = context.state[self.name].skewed, len(context.images) - 1
+        context.signals["design_effect"] = 1 + others * self.correlation.clamp_min(0).to(skewed) * skewed
+
+    def decide(self, context: StepContext) -> Tensor:
+        """Look at the batch where it is time to; above 0 where it is not skewed."""
+        state = context.state[self.name]
+        if "skewed" not in context.signals:
+            if int(state.batches) % self.config.every == 0 or bool(state.skewed):
+                context.notes[self.name] = look = self._look(context)
+                context.signals["skewed"] = state.skewed.new_tensor(float(look.skewed))
+            else:
+                context.signals["skewed"] = state.skewed
+        return 0.5 - context.signals["skewed"]
+
+    def condition(self, context: StepContext) -> None:
+        """Tell others whether the batch is skewed, where nobody decides: as it was, at first with caution."""
+        state = context.state[self.name]
+        unseen = context.few and int(state.batches) == 0
+        context.signals.setdefault("skewed", torch.ones_like(state.skewed) if unseen else state.skewed)
+
+    def predict(self, context: StepContext) -> Tensor | None:
+        """The cautious answer of a skewed batch."""
+        if not bool(context.signals["skewed"]):
+            return None
+        look = context.notes.get(self.name)
+        if look is None or torch.is_grad_enabled():
+            return self._cautious(context).logits
+        return look.logits
+
+    def judge(self, context: StepContext, output: StepOutput) -> None:
+        """Remember what was seen."""
+        state, look = context.state[self.name], context.notes.get(self.name)
+        if look is None:
+            context.remember(self.name, state._replace(batches=state.batches + 1))
+            return
+        images, shares = len(context.images), look.logits.softmax(dim=1).mean(dim=0)
+        before = _counted(state, images)
+        moments = state.moments._replace(count=before + images)
+        if look.moments:
+            moments = merged_moments(state.moments, look.moments, images, WINDOW)
+        known = shares if state.shares.numel() == 0 else torch.lerp(state.shares, shares, images / (before + images))
+        skewed = state.skewed.new_tensor(float(look.skewed))
+        context.remember(self.name, SkewState(state.batches + 1, skewed, known, moments))
+        if look.skewed:
+            context.events.append("skewed")
+
+    def _look(self, context: StepContext) -> Look:
+        """One cautious pass, and where its classes are few, one of the policy's own to compare it with."""
+        moments: dict[int, tuple[Tensor, Tensor]] = {}
+        with torch.no_grad():
+            logits = self._cautious(context, moments).logits
+            even = evenness(logits)
+            if even >= EVEN:
+                return Look(logits, moments, False)
+            condition(context)
+            own = context.forward().logits
+        surer = (mean_entropy(own) - mean_entropy(logits)) / math.log(logits.shape[1])
+        return Look(logits, moments, surer > self.config.slope * (even - self.config.evenness))
+
+    def _cautious(self, context: StepContext, record: dict[int, tuple[Tensor, Tensor]] | None = None) -> ForwardOutput:
+        """The output on the batch by the source's parameters and shrunk statistics; without BatchNorm, by the start."""
+        if not self.layers:
+            return context.forward(parameters=context.start)
+        if not self._known:
+            raise ConfigError(
+                "the part class_skew knows nothing of the source; it needs clean unlabeled images: set "
+                "source.images=PATH, or call policy.prepare(model, lambda: images) in code"
+            )
+        state, images = context.state[self.name], len(context.images)
+        before = _counted(state, images)
+        moments = None if state.moments.mean.numel() == 0 else state.moments._replace(count=before)
+        return context.forward(
+            parameters=own_values(context.model, context.parameters),
+            batch_statistics=True,
+            prior=self.shrinkage(state.shares, before, images),
+            stream=moments,
+            **({} if record is None else {"record": record}),
+        )
+
+    def shrinkage(self, shares: Tensor, before: Tensor, images: int) -> Shrinkage:
+        """V of each layer.
+
+        Args:
+            shares: of each class in the images that are remembered, (C,); empty without any.
+            before: how many those count for, ().
+            images: n of the batch.
+        """
+        assert self.log_scales is not None
+        total = before + images
+        offset, between_images, between_classes = self.log_scales.exp().unsqueeze(1) * self.variation
+        return Shrinkage(offset + between_images / total + between_classes * concentration(shares, before / total))
+
+    def direct(self) -> Iterable[Tensor]:
+        """The scales act in the forward pass."""
+        return self.parameters()
+
+    def check_state(self, state: SkewState, classes: int) -> None:
+        """Refuse shares of another number of classes."""
+        if state.shares.numel() not in (0, classes):
+            raise ValueError(f"class_skew has shares of {state.shares.numel()} classes and the model has {classes}")
+
+    def not_exported(self, state: SkewState) -> str:
+        """An exported network answers all batches alike."""
+        return "class_skew, which answers batches of a few classes in another way"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and layers."""
+        return {**super().to_dict(), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`."""
+        if not isinstance(values["layers"], list) or not all(isinstance(name, str) for name in values["layers"]):
+            raise ValueError("the layers of class_skew are no list of names")
+        return cls(cls.settings_of(values), values["layers"])
+
+    def transferred(self, model: SourceModel) -> tuple[Self, str]:
+        """The same scales, with the variation of another model's layers to be taken anew."""
+        found = type(self)(self.config, prior_layers(model.module))
+        if self.log_scales is not None and found.log_scales is not None:
+            found.to(self.log_scales)
+            found.log_scales.data.copy_(self.log_scales.data)
+        return found, "scales as learned, on the variation of this model's layers"
+
+
+def _counted(state: SkewState, images: int) -> Tensor:
+    """For how many images those remembered count beside a batch, ()."""
+    return state.moments.count.clamp(max=max(WINDOW - images, 0.0))
+
+
+def concentration(shares: Tensor, weight: Tensor) -> Tensor:
+    r"""g in [0, 1], (): 1 where all images are of one class, 0 where the classes are even.
+
+    Args:
+        shares: of each class in the images before, (C,); empty without any.
+        weight: their share of all images, (); the others are taken for one class, the most frequent one.
+    """
+    if shares.numel() == 0:
+        return weight.new_ones(())
+    pooled = weight * shares
+    pooled[shares.argmax()] += 1 - weight
+    even = 1 / len(shares)
+    return ((pooled.square().sum() - even) / (1 - even)).clamp(0, 1)
+
+
+def evenness(logits: Tensor) -> float:
+    """Effective classes of a batch's mean prediction, over what as many images of even classes would show.
+
+    Args:
+        logits: (B, C); images with NaN count for nothing.
+    """
+    probabilities = logits.softmax(dim=1)
+    probabilities = probabilities[torch.isfinite(probabilities).all(dim=1)]
+    if len(probabilities) == 0:
+        return 1.0
+    entropy = float(torch.special.entr(probabilities.mean(dim=0)).sum())
+    return math.exp(entropy - expected_entropy(len(probabilities), logits.shape[1]))
+
+
+def mean_entropy(logits: Tensor) -> float:
+    """Of the predictions of a batch, (B, C), in nats; images with NaN count for nothing."""
+    return float(torch.special.entr(logits.softmax(dim=1)).sum(dim=1).nanmean())
+
+
+@cache
+def expected_entropy(images: int, classes: int) -> float:
+    """E[H_n]: of the shares of n images whose classes are drawn evenly from C, in nats; exact, by the binomial."""
+    count = torch.arange(1, images + 1, dtype=torch.float64)
+    log_chance = Binomial(images, torch.tensor(1 / classes, dtype=torch.float64)).log_prob(count)
+    return float(-(classes * log_chance.exp() * (count / images) * (count / images).log()).sum())

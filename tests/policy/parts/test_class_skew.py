@@ -1,0 +1,235 @@
+"""Class skew: what tells it, what the cautious pass is, what it spares the policy, and what even streams notice."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from metaopt.errors import ConfigError
+from metaopt.models import Shrinkage, prior_layers
+from metaopt.models.class_variation import class_variation, variation
+from metaopt.data import load_digits
+from metaopt.online import OnlineAdapter
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
+from metaopt.policy.parts.class_skew import (
+    ClassSkew,
+    ClassSkewConfig,
+    SkewState,
+    concentration,
+    evenness,
+    expected_entropy,
+)
+from metaopt.policy.parts.restoration import Restoration
+from metaopt.policy.step import StepContext
+from metaopt.policy.untrained import new_policy
+
+from ...meta.cases import tiny_resnet
+from ...tiny import BARE, random_images, small_digits, tiny_model, tiny_policy, trained_model
+
+NEVER = {"evenness": 1e-9, "slope": 1e9}
+
+
+def policy(skew: dict[str, float] | None, **parts: object) -> AdaptationPolicy:
+    """A tiny policy, with the part where it has settings."""
+    return tiny_policy(tiny_model(), parts={**BARE, **parts, **({} if skew is None else {"class_skew": skew})})
+
+
+def certain(classes: Sequence[int], count: int = 10) -> Tensor:
+    """Logits of images whose classes are beyond doubt."""
+    return 50.0 * torch.nn.functional.one_hot(torch.tensor(classes), count).double()
+
+
+@pytest.mark.parametrize(("images", "classes"), [(1, 4), (3, 2), (4, 3), (5, 3)])
+def test_the_expected_entropy_is_the_mean_over_all_draws(images: int, classes: int) -> None:
+    entropies = []
+    for draw in itertools.product(range(classes), repeat=images):
+        shares = torch.bincount(torch.tensor(draw), minlength=classes).double() / images
+        entropies.append(float(torch.special.entr(shares).sum()))
+    assert expected_entropy(images, classes) == pytest.approx(sum(entropies) / len(entropies), abs=1e-12)
+
+
+def test_even_classes_have_evenness_1_and_one_class_little() -> None:
+    drawn = torch.randint(10, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert evenness(certain(drawn)) == pytest.approx(1.0, abs=0.01)
+    assert evenness(certain([3] * 50)) == pytest.approx(1 / math.exp(expected_entropy(50, 10)), abs=1e-6)
+    assert evenness(certain([3])) == pytest.approx(1.0)  # of one image nobody can tell
+    spoiled = certain(drawn[:40])
+    spoiled[5] = torch.nan
+    assert evenness(spoiled) == pytest.approx(evenness(certain(drawn[:5] + drawn[6:40])))
+
+
+def test_concentration_is_1_of_one_class_and_0_of_even_ones() -> None:
+    one, even = torch.tensor(1.0), torch.full((4,), 0.25)
+    assert concentration(torch.empty(0), torch.tensor(0.0)) == 1
+    assert concentration(even, one) == pytest.approx(0.0, abs=1e-6)
+    assert concentration(torch.tensor([1.0, 0, 0, 0]), one) == 1
+    # Half even, half taken for one class: shares 5/8, 1/8, 1/8, 1/8.
+    assert concentration(even, torch.tensor(0.5)) == pytest.approx(((25 + 3) / 64 - 0.25) / 0.75, abs=1e-6)
+
+
+def test_variation_between_images_and_between_classes_without_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(8).repeat_interleave(500)
+    means = torch.randn(8, 400, generator=generator, dtype=torch.float64)
+    values = means[classes] + 2 * torch.randn(4000, 400, generator=generator, dtype=torch.float64)
+    total, between = variation(values, classes, 2.0)
+    assert total == pytest.approx((4 + 1 * 7 / 8) / 2, rel=0.02)
+    assert between == pytest.approx(7 / 8 / 2, rel=0.02)
+    few = variation(values[::500], classes[::500])
+    assert few[0] == few[1]  # one image of each class: nothing tells images from classes
+
+
+def test_clean_images_of_the_source_itself_have_no_offset() -> None:
+    model, images = tiny_resnet(), random_images(24, seed=3).double()
+    layer = model.module.get_submodule("bn1")
+    seen = model.module.conv1((images - model.mean) / model.std)
+    layer.running_mean.copy_(seen.mean((0, 2, 3)))
+    found = class_variation(model, images, batch_size=7)
+    assert found.offset[0] == pytest.approx(0.0, abs=1e-12) and bool((found.offset[1:] > 0).all())
+    scale = layer.running_var + layer.eps
+    torch.testing.assert_close(found.between_images[0], (seen.mean((2, 3)).var(dim=0) / scale).mean())
+    assert len(found.predicted) == 24 and bool((found.between_classes <= found.between_images).all())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_statistics_are_shrunk_by_the_formula(grad: bool) -> None:
+    model, images = tiny_resnet(), random_images(6, seed=1).double()
+    layers, unshifted = prior_layers(model.module), torch.tensor([0.0, 1e9, 1e-3, 1e-2], dtype=torch.float64)
+    unshifted = unshifted.repeat(3)[: len(layers)]
+    with torch.set_grad_enabled(grad):
+        found = model(images, batch_statistics=True, prior=Shrinkage(unshifted)).logits
+    shares = []
+    for name, v in zip(layers, unshifted, strict=True):
+        layer = model.module.get_submodule(name)
+
+        def shrunk(x: Tensor, layer: torch.nn.Module = layer, v: Tensor = v) -> Tensor:
+            mean, var, source, spread = x.mean((0, 2, 3)), x.var((0, 2, 3), False), layer.running_mean, layer.running_var
+            distance = ((mean - source) ** 2 / (spread + layer.eps)).mean()
+            share = max(0.0, float(1 - v / distance))
+            shares.append(share)
+            mean, var = source + share * (mean - source), spread + share * (var - spread)
+            return torch.nn.functional.batch_norm(x, mean, var, layer.weight, layer.bias, False, 0.0, layer.eps)
+
+        layer.forward = shrunk  # type: ignore[method-assign]
+    torch.testing.assert_close(found, model(images).logits, rtol=1e-10, atol=1e-10)
+    assert shares[0] == 1 and shares[1] == 0 and any(0 < share < 1 for share in shares)
+
+
+def digits_policy(**parts: object) -> AdaptationPolicy:
+    """Of the small digits' model, before meta-training."""
+    found = new_policy(trained_model(), parts={"batch_statistics": True, **parts})
+    found.prepare(trained_model(), lambda: small_digits(load_digits().source)[:128])
+    return found
+
+
+def digits(label: int | None, count: int = 40) -> tuple[Tensor, Tensor]:
+    """Images of one class, or of all in their order, and their labels."""
+    part = load_digits().stream
+    assert part.labels is not None
+    picked = torch.arange(len(part.labels)) if label is None else (part.labels == label).nonzero().squeeze(1)
+    return small_digits(part)[picked[:count]], part.labels[picked[:count]]
+
+
+def test_a_skewed_batch_is_answered_with_caution_and_not_learned_from() -> None:
+    adapter = OnlineAdapter(trained_model(), digits_policy(class_skew=True, class_balance=True))
+    before = {name: tensor.clone() for name, tensor in adapter.parameters.items()}
+    images, _ = digits(3)
+    policy, part = adapter.policy, adapter.policy.part("class_skew")
+    look = part._look(StepContext(policy, adapter.model, before, policy.init(before), images))
+    assert look.skewed and torch.equal(adapter(images), look.logits)
+    assert adapter.events["skewed"] == 1 and adapter.updates == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.parameters.items())
+    adapter(digits(None)[0])
+    assert adapter.events["skewed"] == 1 and adapter.updates == 1  # all classes: learned from at once
+
+
+def test_on_a_stream_sorted_by_class_it_is_near_the_source_where_batch_statistics_are_lost() -> None:
+    streams = [digits(label) for label in range(10)]
+
+    def error(adapter: OnlineAdapter) -> float:
+        wrong = [int((adapter(images).argmax(1) != labels).sum()) for images, labels in streams]
+        return 100 * sum(wrong) / sum(len(labels) for _, labels in streams)
+
+    source = error(OnlineAdapter(trained_model(), build_method(MethodConfig("source"))))
+    watching = error(OnlineAdapter(trained_model(), digits_policy(class_skew=True)))
+    assert watching < source + 1
+    assert error(OnlineAdapter(trained_model(), digits_policy())) > source + 5
+
+
+def test_few_images_before_the_first_look_are_answered_with_caution() -> None:
+    adapter = OnlineAdapter(trained_model(), digits_policy(class_skew=True), gather=40)
+    images, _ = digits(3)
+    first = adapter(images[:8])
+    part = adapter.policy.part("class_skew")
+    parameters = {name: tensor.clone() for name, tensor in adapter.parameters.items()}
+    context = StepContext(adapter.policy, adapter.model, parameters, adapter.policy.init(parameters), images[:8])
+    with torch.no_grad():
+        cautious = part._cautious(context).logits
+    assert torch.equal(first, cautious) and adapter.events["waiting"] == 1
+
+
+def test_an_even_stream_is_answered_as_without_the_part() -> None:
+    watching, plain = (OnlineAdapter(tiny_model(), policy(skew)) for skew in (NEVER, None))
+    for seed in range(10):
+        images = random_images(8, seed=seed)
+        assert torch.equal(watching(images), plain(images))
+    assert watching.events["skewed"] == 0 and watching.updates == plain.updates == 10
+
+
+def test_looks_are_rare_while_classes_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    look = ClassSkew._look
+    monkeypatch.setattr(ClassSkew, "_look", lambda self, context: looked.append(1) or look(self, context))
+    adapter = OnlineAdapter(tiny_model(), policy({**NEVER, "every": 4}))
+    for seed in range(9):
+        adapter(random_images(8, seed=seed))
+    assert len(looked) == 3
+
+
+def test_class_changes_are_no_change_of_domain_while_batches_are_skewed() -> None:
+    restoring = Restoration()
+    adapter = OnlineAdapter(tiny_model(), policy(NEVER, restoration=True))
+    part = adapter.policy.part("class_skew")
+    part.correlation.fill_(0.5)
+    parameters = adapter.parameters
+    effects = []
+    for skewed in (0.0, 1.0):
+        state = adapter.policy.init(parameters)
+        state = {**state, "class_skew": state["class_skew"]._replace(skewed=torch.tensor(skewed))}
+        context = StepContext(adapter.policy, adapter.model, parameters, state, random_images(9, seed=0))
+        part.observe(context)
+        effects.append(float(context.signals["design_effect"]))
+    assert effects == [1.0, 1 + 8 * 0.5]
+    assert restoring.begins_anew(torch.tensor(20.0)) and not restoring.begins_anew(torch.tensor(20.0 / effects[1]))
+
+
+def test_it_needs_clean_images_and_says_so() -> None:
+    adapter = OnlineAdapter(tiny_model(), tiny_policy(tiny_model(), parts={**BARE, "class_skew": True}))
+    adapter.policy.part("class_skew").correlation.fill_(-1.0)
+    with pytest.raises(ConfigError, match=r"class_skew knows nothing of the source; .* set source.images=PATH"):
+        adapter(random_images(8, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"every": 0}, "class_skew.every is 0"),
+        ({"evenness": 1.0}, "class_skew.evenness is 1.0; allowed is 0 < evenness < 1"),
+        ({"slope": 0.0}, "class_skew.slope is 0.0"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ClassSkewConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_state_of_other_classes_is_refused() -> None:
+    part = ClassSkew()
+    state: SkewState = part.init({"weight": torch.zeros(2)})
+    part.check_state(state, 10)
+    part.check_state(state._replace(shares=torch.full((10,), 0.1)), 10)
+    with pytest.raises(ValueError, match="shares of 7 classes and the model has 10"):
+        part.check_state(state._replace(shares=torch.full((7,), 1 / 7)), 10)
