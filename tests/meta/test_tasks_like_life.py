@@ -401,6 +401,24 @@ def test_meta_training_with_all_on_learns_finitely(changes: dict[str, Any], tmp_
     assert loaded.batch_size == 8
 
 
+def test_budgets_are_of_the_largest_batch_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {**DEFAULT_PARTS, "pruning": "learned"}
+    trainer = lively(sizes=(2, 32), changing=1.0, skewed=0.0, selection_tasks=4, epochs=1, parts=parts)
+    assert any(sizes_of(task)[0] < max(sizes_of(task)) for task in trainer.selection)
+    assert trainer.budgets is not None
+    sample, asked = trainer.budgets.sample, list[int]()
+
+    def spy(images: Tensor, generator: torch.Generator) -> Any:
+        asked.append(len(images))
+        return sample(images, generator)
+
+    monkeypatch.setattr(trainer.budgets, "sample", spy)
+    drawn, met = trainer.sampler.sample, list[Task]()
+    monkeypatch.setattr(trainer.sampler, "sample", lambda *given: met.append(drawn(*given)) or met[-1])
+    trainer.run()  # selection runs each batch of its tasks under a budget, which the largest has to fit in
+    assert asked == [max(sizes_of(task)) for task in met] != [sizes_of(task)[0] for task in met]
+
+
 def test_speed_is_measured_with_all_on() -> None:
     trainer = lively(loss="unsupervised", parts=DEFAULT_PARTS)
     assert measure_memory(trainer, 2) > 0
@@ -422,6 +440,6 @@ def test_refusals() -> None:
         ({"clean": 0.5, "mixed": 0.6}, r"meta\.clean, meta\.alternating and meta\.mixed add up to 1\.1; "),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
-            MetaTrainConfig(**change)
+            MetaTrainConfig(**change)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
     TaskConfig(clean=0.2, alternating=0.7, mixed=0.1)
