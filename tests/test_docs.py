@@ -21,6 +21,7 @@ from metaopt.cli.settings import (
     OnlineSettings,
     SpeedSettings,
 )
+from metaopt.meta import TaskConfig
 from metaopt.optimizers.mgg import VARIANTS, GeneratorConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +138,7 @@ ROWS = [
     *(("Objective terms", name, None) for name in registry.TERMS),
     ("The learned rule", "", GeneratorConfig),
     *(("The learned rule", name, None) for name in VARIANTS),
+    ("Tasks of meta-training", "", TaskConfig),
     *(("Method files", name, None) for name in list_methods()),
 ]
 

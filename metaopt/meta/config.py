@@ -6,7 +6,7 @@ from typing import Any
 
 from metaopt.errors import ConfigError, check_one_of, check_positive, check_range
 from metaopt.meta.loss import META_LOSSES
-from metaopt.meta.tasks import TaskConfig
+from metaopt.meta.task_config import TaskConfig
 from metaopt.meta.unroll import UnrollConfig
 from metaopt.optimizers.backends import BACKENDS
 from metaopt.optimizers.mgg import GeneratorConfig

@@ -71,7 +71,7 @@ def selection_loss(
             with torch.no_grad():
                 now = policy.start(parameters)
                 state, met = policy.init(now), 0
-        memories = [None, *([] if budgets is None else budgets.memories(task[0].images))]
+        memories = [None, *([] if budgets is None else budgets.memories(task.largest.images))]
         runs = [deployed(policy, model, now, state, task, score, memory, met) for memory in memories]
         now, state, updates, met = runs[0].parameters, runs[0].state, updates + runs[0].updates, met + len(task)
         means.extend(torch.stack(run.losses).mean() for run in runs)

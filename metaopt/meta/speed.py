@@ -101,10 +101,10 @@ def forward_backward(trainer: MetaTrainer) -> Callable[[], object]:
 
 def _unroll(trainer: MetaTrainer, backend: str, gradient: str, loss: str, steps: int) -> Callable[[], object]:
     meta_loss_name, clean_view = LOSSES[loss]
-    tasks = replace(trainer.config, clean_view=clean_view)
+    tasks = replace(trainer.config, clean_view=clean_view, sizes=None, changing=0.0)  # of the plain pass's size
     meta_loss = build_meta_loss(meta_loss_name, trainer.config.tempered, trainer.config.balance)
     teacher = None if meta_loss.own_objective else trainer.teach
-    sampler = TaskSampler(trainer.images, trainer.sampler.shifts, tasks, teacher)
+    sampler = TaskSampler(trainer.images, trainer.sampler.shifts, tasks, teacher, trainer.teach)
     randomness = torch.Generator().manual_seed(0)
     task = sampler.sample(steps, randomness)
     config = UnrollConfig(gradient, None, trainer.config.term_steps)

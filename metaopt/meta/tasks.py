@@ -2,10 +2,11 @@
 
 A task is one small stream: K + 1 batches that share one shift at one strength. Diversity of tasks is what makes a
 learned generator transfer, so strengths are drawn continuously, shifts are composed, and images are flipped, moved and
-occluded.
+occluded. Where :class:`TaskConfig` says so, tasks are as streams of deployment may be: without a shift, with several or
+a gradual one, of other and changing batch sizes, and with skewed classes. What such a task has beyond a plain one is
+drawn from its own seed, so that the sequence of draws, and with it every plain task, is the same under any settings.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,49 +15,26 @@ from torch import Tensor
 
 from metaopt.data.seeding import generator_for
 from metaopt.data.shifts import Shift, get_shift
-from metaopt.errors import ConfigError, check_one_of, check_range
+from metaopt.errors import ConfigError
+from metaopt.meta.skew import draw_sizes, draw_skew, shuffled, skewed_order
+from metaopt.meta.task_config import TaskConfig
+from metaopt.meta.task_shifts import TaskShifts, arranged, draw_chain
 from metaopt.meta.unroll import MetaBatch
-
-CLEAN_VIEWS = ("cached", "augmented")
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """How tasks are drawn."""
-
-    batch_size: int = 64
-    strength: tuple[float, float] = (0.5, 5.0)  # range of the shift's strength
-    composed: float = 0.3  # probability that a second shift is applied on top
-    occlusion: float = 0.3  # probability that rectangles are occluded
-    flip: bool | None = None  # mirror images, not where that changes the class; None: yes, but not digits by command
-    translate: int = 2  # largest move of an image, pixels
-    # Where the teacher's view comes from: "cached" predicts each clean image once, "augmented" each view anew.
-    clean_view: str = "cached"
-
-    def __post_init__(self) -> None:
-        """Check every value against its range."""
-        low, high = self.strength
-        check_range("batch_size", self.batch_size, 1, example="64")
-        if not 0 < low <= high <= 5:
-            raise ConfigError(f"meta.strength is {self.strength}; allowed is 0 < low <= high <= 5: set [0.5, 5]")
-        check_range("meta.composed", self.composed, 0, 1, example="0.3")
-        check_range("meta.occlusion", self.occlusion, 0, 1, example="0.3")
-        check_range("meta.translate", self.translate, 0, example="2")
-        check_one_of("meta.clean_view", self.clean_view, CLEAN_VIEWS)
 
 
 @dataclass(frozen=True)
 class Task(Sequence[MetaBatch]):
-    """K + 1 batches under one shift, each made anew, and the same, whenever it is asked for."""
+    """K + 1 batches under its shifts, each made anew, and the same, whenever it is asked for."""
 
     sampler: "TaskSampler"
-    shifts: tuple[tuple[Shift, float], ...]  # each with its strength, in the order of application
-    order: Tensor  # indices of the images, (K + 1, B)
+    plan: TaskShifts
+    order: tuple[Tensor, ...]  # indices of each batch's images, K + 1 of (B,); B may differ
     seed: int
+    skew: str = ""  # which of metaopt.meta.skew.SKEWS; empty: none
 
     def __len__(self) -> int:
         """K + 1."""
-        return self.order.shape[0]
+        return len(self.order)
 
     def __getitem__(self, position: int) -> MetaBatch:  # type: ignore[override]
         """The batch at one position of the unroll."""
@@ -69,9 +47,24 @@ class Task(Sequence[MetaBatch]):
         return (self[position] for position in range(len(self)))
 
     @property
+    def shifts(self) -> tuple[tuple[Shift, float], ...]:
+        """All of them, each with its strength, in the order of application; none where the task is clean."""
+        return tuple(link for chain in self.plan.chains for link in chain)
+
+    @property
+    def largest(self) -> MetaBatch:
+        """The first of its largest batches, which needs the most memory."""
+        sizes = [len(index) for index in self.order]
+        return self[sizes.index(max(sizes))]
+
+    @property
     def name(self) -> str:
-        """The shifts with their strengths, for logs."""
-        return "+".join(f"{shift.name}@{strength:.1f}" for shift, strength in self.shifts)
+        """Its shifts with their strengths, its skew and its batch sizes where they were drawn, for logs."""
+        words = [self.plan.name, self.skew]
+        if self.sampler.config.sizes is not None:
+            least, most = (each(len(index) for index in self.order) for each in (min, max))
+            words.append(f"x{least}" if least == most else f"x{least}-{most}")
+        return " ".join(word for word in words if word)
 
 
 class Window(Sequence[MetaBatch]):
@@ -97,6 +90,10 @@ class TaskSampler:
         shifts: registered names or shifts to draw from.
         config: how tasks are drawn.
         teacher: gives class probabilities (B, C) for clean images; None where the meta-loss needs no targets.
+        classifier: does so where there is no teacher, to tell the classes of skewed tasks.
+
+    Raises:
+        ConfigError: no shifts, or skewed tasks without anything that tells classes.
     """
 
     def __init__(
@@ -105,9 +102,16 @@ class TaskSampler:
         shifts: Sequence[str | Shift],
         config: TaskConfig,
         teacher: Callable[[Tensor], Tensor] | None = None,
+        classifier: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not shifts:
             raise ConfigError("meta.shifts is empty; at least one shift is needed: set meta.shifts=[gaussian_blur]")
+        self._predict = teacher or classifier
+        if config.skewed > 0 and self._predict is None:
+            raise ConfigError(
+                f"meta.skewed is {config.skewed} and nothing tells the images' classes; it needs a model's "
+                "predictions: give a teacher or classifier, or set meta.skewed=0"
+            )
         self.images = images
         self.shifts = [get_shift(shift) if isinstance(shift, str) else shift for shift in shifts]
         self.config = config
@@ -121,21 +125,24 @@ class TaskSampler:
             steps: K.
             generator: CPU generator; the only source of randomness.
         """
-        config = self.config
-        picks = torch.randint(len(self.shifts), (2,), generator=generator).tolist()
-        draws = torch.rand(4, generator=generator).tolist()
-        low, high = config.strength
-        chain = [(self.shifts[picks[0]], low + (high - low) * draws[0])]
-        if draws[1] < config.composed and picks[1] != picks[0]:
-            # Two strong shifts on top of each other leave nothing to recognise: the second is drawn weaker.
-            chain.append((self.shifts[picks[1]], low + 0.5 * (high - low) * draws[2]))
-        if draws[3] < config.occlusion:
-            chain.append((get_shift("occlusion"), low + (high - low) * draws[3] / config.occlusion))
-        size = min(config.batch_size, len(self.images))
-        passes = math.ceil((steps + 1) * size / len(self.images))
-        order = torch.cat([torch.randperm(len(self.images), generator=generator) for _ in range(passes)])
+        positions, size = steps + 1, min(self.config.batch_size, len(self.images))
+        chain = draw_chain(self.shifts, self.config, generator)
+        order = shuffled(len(self.images), positions * size, generator)
         seed = int(torch.randint(2**31, (), generator=generator))
-        return Task(self, tuple(chain), order[: (steps + 1) * size].view(steps + 1, size), seed)
+        plan = arranged(chain, self.shifts, self.config, positions, generator_for("task shifts", seed))
+        skew = draw_skew(self.config.skewed, generator_for("task skew", seed))
+        return Task(self, plan, self._order(order.split(size), skew, seed), seed, skew)
+
+    def _order(self, order: tuple[Tensor, ...], skew: str, seed: int) -> tuple[Tensor, ...]:
+        """The images of each batch: these, unless sizes are drawn or classes are skewed."""
+        sizes, count, randomness = self.config.sizes, len(self.images), generator_for("task order", seed)
+        drawn = [len(index) for index in order]
+        if sizes is not None:
+            bounds = (min(sizes[0], count), min(sizes[1], count))
+            drawn = draw_sizes(bounds, self.config.changing, len(order), generator_for("task sizes", seed))
+        if skew:
+            return tuple(skewed_order(skew, self._predictions().argmax(dim=1).cpu(), drawn, randomness))
+        return order if sizes is None else shuffled(count, sum(drawn), randomness).split(drawn)
 
     def batch(self, task: Task, position: int) -> MetaBatch:
         """Make one batch of a task: clean views, augmented alike, and their shifted versions.
@@ -145,9 +152,7 @@ class TaskSampler:
         randomness = generator_for("task", task.seed, position)
         index = task.order[position].to(self.images.device)
         clean = self._augment(self.images[index], randomness)
-        shifted = clean
-        for shift, strength in task.shifts:
-            shifted = shift(shifted, strength, randomness)
+        shifted = task.plan.apply(clean, position, randomness)
         return MetaBatch(shifted, self._targets(index, clean) if position > 0 else None)
 
     def _targets(self, index: Tensor, clean: Tensor) -> Tensor | None:
@@ -155,10 +160,14 @@ class TaskSampler:
             return None
         if self.config.clean_view == "augmented":
             return self.teacher(clean)
+        return self._predictions()[index]
+
+    def _predictions(self) -> Tensor:
+        """Class probabilities of each clean image, (n, C), predicted once."""
         if self._cached is None:
-            size = self.config.batch_size
-            self._cached = torch.cat([self.teacher(part) for part in self.images.split(size)])
-        return self._cached[index]
+            assert self._predict is not None
+            self._cached = torch.cat([self._predict(part) for part in self.images.split(self.config.batch_size)])
+        return self._cached
 
     def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Mirror half of the images, and move each by a few pixels with its border repeated."""

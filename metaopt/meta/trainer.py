@@ -67,7 +67,7 @@ class MetaTrainer:
         self.meta_loss = build_meta_loss(config.loss, config.tempered, config.balance)
         shifts = shifts or config.shifts or (*shift_names(META), *shift_names(WIDE))
         teacher = None if self.meta_loss.own_objective else self.teach  # where nobody asks, it need not predict
-        self.sampler = TaskSampler(images, shifts, config, teacher)
+        self.sampler = TaskSampler(images, shifts, config, teacher, self.teach)
         self.selection = held_out_tasks(
             images, self.teach, config, config.selection_shifts, config.selection_tasks, config.steps
         )
@@ -159,11 +159,12 @@ class MetaTrainer:
         """
         before = self.state_dict()
         try:
-            config = values["config"]
+            # A setting that a file of an older release lacks has come with a default that changes nothing.
+            config = {**MetaTrainConfig().to_dict(), **values["config"]}
             differing = sorted(
                 key
                 for key, value in self.config.to_dict().items()
-                if config.get(key) != value and not key.startswith("report_")  # of the closing table alone
+                if config[key] != value and not key.startswith("report_")  # of the closing table alone
             )
             if values["shifts"] != before["shifts"]:
                 differing.append("shifts")
@@ -207,7 +208,7 @@ class MetaTrainer:
     def _unroll(self, steps: int) -> float:
         """One task: meta-updates along it, or one at its end. Returns the mean meta-loss."""
         task = self.sampler.sample(steps, self.randomness)
-        budget = None if self.budgets is None else self.budgets.sample(task[0].images, self.randomness)
+        budget = None if self.budgets is None else self.budgets.sample(task.largest.images, self.randomness)
         length = min(self.config.update_every or steps, steps)
         parameters, state, met = self._begin()
         losses: list[Tensor] = []

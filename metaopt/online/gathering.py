@@ -41,7 +41,7 @@ class Gathering:
 
     @classmethod
     def of(cls, policy: AdaptationPolicy) -> Self:
-        """For updates on at least half of what the policy's meta-training had in a batch.
+        """For updates on at least half of what the policy's meta-training had in a batch, in its smallest one.
 
         Half does as well as all of it, and twice as often: on the digits' transformer (batch 64) and on ResNet-20
         (batch 100), in batches of 1 to 16.

@@ -91,8 +91,10 @@ class AdaptationPolicy(nn.Module):
 
     @property
     def batch_size(self) -> int | None:
-        """Images in a batch of the policy's meta-training; None where it had none."""
-        return self.training.get("config", {}).get("batch_size")
+        """Images in a batch of the policy's meta-training, the fewest where it had several sizes; None: it had none."""
+        config = self.training.get("config", {})
+        sizes = config.get("sizes")
+        return config.get("batch_size") if sizes is None else sizes[0]
 
     @property
     def known_shifts(self) -> frozenset[str]:

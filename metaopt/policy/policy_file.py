@@ -36,6 +36,7 @@ def _check_training(training: Any) -> None:
         (training, "shifts", _is_texts, "list of names"),
         (config, "selection_shifts", _is_texts, "list of names"),
         (config, "batch_size", lambda value: _is_count(value) and value > 0, "positive count"),
+        (config, "sizes", _is_range_of_counts, "range of positive counts"),
         (training, "epochs", _is_count, "count"),
         (training, "best_epoch", _is_count, "count"),
         (training, "skipped", _is_count, "count"),
@@ -95,3 +96,8 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_range_of_counts(value: Any) -> bool:
+    """Whether it is a pair of positive counts in order, or None."""
+    return value is None or (_is_list(value, (int,)) and len(value) == 2 and 0 < value[0] <= value[1])

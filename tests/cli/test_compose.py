@@ -55,6 +55,26 @@ def test_every_command_composes_and_shows_its_launch_command(name: str) -> None:
     assert f"/{name}.py" in help_text(SCHEMAS[name], name, argv)
 
 
+def test_tasks_like_life_are_settings_of_meta() -> None:
+    argv = ["meta.sizes=[16,128]", "meta.changing=0.5", "meta.skewed=0.3", "meta.clean=0.1"]
+    argv += ["meta.alternating=0.2", "meta.mixed=0.2", "meta.gradual=0.25"]
+    meta = compose(MetaTrainSettings, "meta_train", argv).meta
+    assert (meta.sizes, meta.changing, meta.skewed, meta.clean) == ((16, 128), 0.5, 0.3, 0.1)
+    assert (meta.alternating, meta.mixed, meta.gradual) == (0.2, 0.2, 0.25)
+    assert compose(MetaTrainSettings, "meta_train", ["meta.sizes=16,128"]).meta.sizes == (16, 128)
+    assert compose(MetaTrainSettings, "meta_train", ["meta.sizes=null"]).meta.sizes is None
+    for wrong, message in (
+        ("meta.sizes=[16]", "meta.sizes=[16] is not allowed; it takes 2 values"),
+        ("meta.sizes=[128,16]", "allowed are whole numbers 2 <= low <= high"),
+        ("meta.sizes=64", "meta.sizes"),
+        ("meta.skewed=2", "meta.skewed is 2.0; allowed is [0, 1]"),
+        ("meta.skew=0.2", "did you mean meta.skewed?"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            compose(MetaTrainSettings, "meta_train", [wrong])
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_choice_composes(path: Path) -> None:
     group, option = path.parent.name, path.stem

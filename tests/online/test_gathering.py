@@ -1,6 +1,7 @@
 """Batches much smaller than those of meta-training: answered at once, and learned from together."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,10 +94,19 @@ def test_images_of_another_size_take_the_place_of_those_that_wait() -> None:
     assert gathered.waiting is not None and gathered.waiting.shape == (4, 3, 12, 12)
 
 
-@pytest.mark.parametrize(("trained", "least"), [(None, 1), (1, 1), (15, 8), (64, 32)])
-def test_half_a_batch_of_meta_training_is_enough(trained: int | None, least: int) -> None:
+@pytest.mark.parametrize(
+    ("trained", "least"),
+    [
+        ({}, 1),
+        ({"batch_size": 1}, 1),
+        ({"batch_size": 15, "sizes": None}, 8),
+        ({"batch_size": 64}, 32),
+        ({"batch_size": 64, "sizes": (8, 200)}, 4),
+    ],
+)
+def test_half_a_batch_of_meta_training_is_enough(trained: dict[str, Any], least: int) -> None:
     policy = default_policy()
-    policy.training = {} if trained is None else {"config": {"batch_size": trained}}
+    policy.training = {"config": trained} if trained else {}
     assert OnlineAdapter(tiny_model(), policy).gathering.least == least
     assert OnlineAdapter(tiny_model(), policy, gather=3).gathering.least == 3
 
