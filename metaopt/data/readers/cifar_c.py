@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from metaopt.data.images import ImageSet
 from metaopt.data.readers.arrays import images_tensor, labels_tensor
 from metaopt.data.readers.base import Reader
@@ -63,7 +65,14 @@ def _domain(folder: Path, name: str, severity: float, label_rows: int, limit: in
     start, count = _rows(folder / f"{name}.npy", len(array), label_rows, int(severity))
     size = count if limit is None else min(limit, count)
     images_tensor(array[start : start + 1], folder / f"{name}.npy")
-    return Domain(name, float(severity), size, partial(_read, folder, name, start, size))
+    return Domain(
+        name,
+        float(severity),
+        size,
+        partial(_read, folder, name, start, size),
+        partial(_labels, folder, size),
+        lambda other: _domain(folder, name, other, label_rows, limit),
+    )
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -98,5 +107,8 @@ def _rows(path: Path, rows: int, label_rows: int, severity: int) -> tuple[int, i
 def _read(folder: Path, name: str, start: int, size: int) -> ImageSet:
     """The images of a domain and their labels, which repeat with every severity."""
     images = open_array(folder / f"{name}.npy")[start : start + size]
-    labels = labels_tensor(open_array(folder / LABELS)[:size], folder / LABELS)
-    return ImageSet(images_tensor(images, folder / f"{name}.npy"), labels)
+    return ImageSet(images_tensor(images, folder / f"{name}.npy"), _labels(folder, size))
+
+
+def _labels(folder: Path, size: int) -> Tensor:
+    return labels_tensor(open_array(folder / LABELS)[:size], folder / LABELS)
