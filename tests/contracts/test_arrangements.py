@@ -261,9 +261,8 @@ def test_a_small_concentration_gives_long_stretches_and_a_large_one_none() -> No
     plain = changes(digits("shuffled")[0])
     stretches = [changes(digits("dirichlet", concentration=value)[0]) for value in (0.01, 0.1, 1e4)]
     assert stretches[0] < stretches[1] < stretches[2] < plain
-    # Even slots: each of the ten holds every class, one after another.
-    slots = digits("dirichlet", concentration=1e6)[0].split(67)
-    assert stretches[1] < 60 and all(len(slot.unique()) == 10 for slot in slots)
+    # Even slots: each of the ten holds every class, one after another, and two neighbours may meet in the same one.
+    assert stretches[1] < 60 and 90 <= stretches[2] < 100
 
 
 def test_few_classes_are_so_many_and_the_same_in_every_domain() -> None:
