@@ -1,4 +1,4 @@
-"""README and docs/ say what is there: links, commands, tables, and a section for all that a method or stream may name."""
+"""README and docs/ say what is there: links, commands, tables, and a section for all that may be named."""
 
 import importlib.util
 import re

@@ -142,6 +142,8 @@ class _Run:
         try:
             check_same(self.made_of, progress.resume["made_of"])
             self.load_state_dict(progress.resume)
+            if len(self.shares) != _share_count(stream[self.domain]):
+                raise ValueError("scores of the domain's sources are missing")
             there = last_seen(next(met(stream[self.domain], skip=self.batch - 1)))
             then = progress.resume["last"]
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError, StopIteration) as error:
@@ -159,7 +161,7 @@ class _Run:
             self.collect_counts()
             self.adapter.reset()
         self.score = self._new_score()
-        self.shares = [self._new_score() for _ in domain.sources] if len(domain.sources) > 1 else []
+        self.shares = [self._new_score() for _ in range(_share_count(domain))]
 
     def end_batch(self, batch: Batch) -> None:
         """The batch is answered: save the run where it is time to."""
@@ -191,6 +193,8 @@ class _Run:
         """Go on where :meth:`state_dict` was taken."""
         self.adapter.load_state_dict(values["adapter"])
         self.score.load_state_dict(values["score"])
+        if not isinstance(values["shares"], list):
+            raise TypeError("scores of the domain's sources are missing")
         self.shares = [self._new_score() for _ in values["shares"]]
         for score, own in zip(self.shares, values["shares"], strict=True):
             score.load_state_dict(own)
@@ -269,6 +273,11 @@ class _Run:
             layers=gauges.layers,
             warnings=self.adapter.warnings,
         )
+
+
+def _share_count(domain: Domain) -> int:
+    """Scores beside that of the whole domain: one for each source, where there are several or it is another's name."""
+    return 0 if len(domain.sources) == 1 and domain.sources[0].name == domain.name else len(domain.sources)
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt import registry
 from metaopt.data import Batch, Digits, Domain, ImageSet, Stream, arrange, batch_count, batches, to_bytes
 from metaopt.data.arrangements import Arrangement, arrangement, settings_of
-from metaopt.errors import ConfigError, DataError
+from metaopt.errors import CheckpointError, ConfigError, DataError
 from metaopt.online import OnlineAdapter, Progress, run_stream
 from metaopt.online.progress import Stopped, fingerprint
 from metaopt.policy import MethodConfig, build_method
@@ -168,6 +168,12 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_no_other_stream_does(name: str) -
     rest, resumed = adapt(arrange(stream_of(), name, batch_size=SIZE), Progress(kept.append, resume=kept[-1]))
     assert all(map(torch.equal, found + rest, expected)) and len(found + rest) == len(expected)
     assert resumed.domains == report.domains and resumed.pass_errors == report.pass_errors
+    if kept[0]["shares"]:
+        with pytest.raises(CheckpointError, match="is damaged"):
+            adapt(stream, Progress(kept.append, resume={**kept[0], "shares": kept[0]["shares"][1:]}))
+    other = arrange(stream_of(), "sorted" if name != "sorted" else "mixed", batch_size=SIZE)
+    with pytest.raises(CheckpointError, match="had another stream"):
+        adapt(other, Progress(kept.append, resume=kept[0]))
 
 
 @everyone
@@ -336,6 +342,12 @@ def test_long_stays_in_a_domain_and_tells_the_error_of_each_pass() -> None:
     assert len(report.pass_errors) == 3
     _, twice = adapt([*stream] * 2)
     assert [row.number for row in twice.domains] == [1, 2, 3] * 3 + [4, 5, 6] * 3
+
+
+def test_one_domain_alternates_and_mixes_under_its_own_name() -> None:
+    for name in ("alternating", "mixed"):
+        _, report = adapt(arrange([domain("a")], name, batch_size=SIZE))
+        assert [(row.name, row.images) for row in report.domains] == [("a", 43)]
 
 
 def test_domains_of_other_sizes_are_not_mixed() -> None:
