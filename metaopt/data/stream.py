@@ -24,6 +24,7 @@ class Domain:
     size: int  # number of images
     load: Callable[[], ImageSet]
     load_labels: Callable[[], Tensor | None] | None = None  # (N,) int64 without the images; None: as `load` gives them
+    load_rows: Callable[[Tensor], ImageSet] | None = None  # images at (B,) positions alone; None: as `load` gives them
     at_severity: Callable[[float], "Domain"] | None = None  # the same images at another one; None: there is no other
     order: "Order | None" = None  # which images are met, and how, where the stream was arranged
     visit: int = 1  # which time an arranged stream comes here
@@ -72,11 +73,14 @@ class Order:
             DataError: images of two domains differ in size.
         """
         source, index = self.source[places], self.index[places]
-        parts: list[ImageSet] = []
+        parts, several = list[ImageSet](), len(self.sources) > 1
         for place in source.unique().tolist():
-            load = self.sources[place].load
+            origin, chosen = self.sources[place], index[source == place]
+            if several and origin.load_rows is not None:  # files of many domains need not be held
+                parts.append(origin.load_rows(chosen))
+                continue
+            load = origin.load
             data = read[load] if load in read else read.setdefault(load, load())
-            chosen = index[source == place]
             parts.append(ImageSet(data.images[chosen], None if data.labels is None else data.labels[chosen]))
         shapes = sorted({tuple(part.images.shape[1:]) for part in parts})
         if len(shapes) > 1:
@@ -204,7 +208,9 @@ def shifted_stream(
 
     def made(shift: Shift, severity: float) -> Domain:
         load = cache(partial(corrupt, clean, shift, severity, seed))
-        return Domain(shift.name, float(severity), len(clean), load, lambda: clean.labels, partial(made, shift))
+        return Domain(
+            shift.name, float(severity), len(clean), load, lambda: clean.labels, at_severity=partial(made, shift)
+        )
 
     shifts = [get_shift(corruption) for corruption in corruptions]
     return [made(shift, severity) for severity in severities for shift in shifts]

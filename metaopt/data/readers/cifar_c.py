@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from metaopt.data.images import ImageSet
@@ -69,8 +70,9 @@ def _domain(folder: Path, name: str, severity: float, label_rows: int, limit: in
         name,
         float(severity),
         size,
-        partial(_read, folder, name, start, size),
+        partial(_read, folder, name, slice(start, start + size), size),
         partial(_labels, folder, size),
+        lambda index: _read(folder, name, start + index.numpy(), size, index),
         lambda other: _domain(folder, name, other, label_rows, limit),
     )
 
@@ -104,10 +106,20 @@ def _rows(path: Path, rows: int, label_rows: int, severity: int) -> tuple[int, i
     return 0, rows
 
 
-def _read(folder: Path, name: str, start: int, size: int) -> ImageSet:
-    """The images of a domain and their labels, which repeat with every severity."""
-    images = open_array(folder / f"{name}.npy")[start : start + size]
-    return ImageSet(images_tensor(images, folder / f"{name}.npy"), _labels(folder, size))
+def _read(
+    folder: Path, name: str, rows: slice | np.ndarray, size: int, index: slice | Tensor = slice(None)
+) -> ImageSet:
+    """Images of a domain by the rows of its file, and their labels, which repeat with every severity.
+
+    Args:
+        folder: of the files.
+        name: of the corruption.
+        rows: of its file.
+        size: images of the domain.
+        index: positions of the rows in the domain.
+    """
+    images = open_array(folder / f"{name}.npy")[rows]
+    return ImageSet(images_tensor(images, folder / f"{name}.npy"), _labels(folder, size)[index])
 
 
 def _labels(folder: Path, size: int) -> Tensor:
