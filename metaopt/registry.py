@@ -1,4 +1,4 @@
-"""The table of what a method can be composed of: update rules, objective terms and parts, one row each.
+"""The tables of what a method is composed of, update rules, objective terms and parts, and of arrangements of streams.
 
 A row names where its class lives, as ``"module:Class"``; nothing is imported before it is used, so that a method loads
 what it is made of and no more. The first line of the class's docstring is what ``--help`` says of it.
@@ -47,7 +47,21 @@ PARTS: dict[str, Any] = {
 }
 """Parts of a policy, by name, in the order in which they act where two act at the same place of the step."""
 
-KINDS = {"update rule": RULES, "objective term": TERMS, "part": PARTS}
+ARRANGEMENTS: dict[str, Any] = {
+    "shuffled": "metaopt.data.arrangements.by_domain:Shuffled",
+    "sorted": "metaopt.data.arrangements.by_class:Sorted",
+    "dirichlet": "metaopt.data.arrangements.by_class:Dirichlet",
+    "few_classes": "metaopt.data.arrangements.by_class:FewClasses",
+    "long_tail": "metaopt.data.arrangements.by_class:LongTail",
+    "alternating": "metaopt.data.arrangements.by_domain:Alternating",
+    "mixed": "metaopt.data.arrangements.by_domain:Mixed",
+    "recurring": "metaopt.data.arrangements.by_domain:Recurring",
+    "gradual": "metaopt.data.arrangements.by_domain:Gradual",
+    "long": "metaopt.data.arrangements.by_domain:Long",
+}
+"""How the images of a stream are arranged, by the name that ``stream`` calls it."""
+
+KINDS = {"update rule": RULES, "objective term": TERMS, "part": PARTS, "arrangement": ARRANGEMENTS}
 
 
 def get(kind: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""README and docs/ say what is there: their links, commands, tables, and a section for all that a method may name."""
+"""README and docs/ say what is there: links, commands, tables, and a section for all that may be named."""
 
 import importlib.util
 import re
@@ -36,6 +36,7 @@ COMMANDS = {
     ("metaopt", "speed"): ("speed", SpeedSettings),
     ("python", "pretrain/meta_train.py"): ("meta_train", MetaTrainSettings),
     ("python", "adapt/online.py"): ("online", OnlineSettings),
+    ("python", "adapt/benchmark.py"): ("benchmark", BenchmarkSettings),
     ("python", "adapt/footprint.py"): ("footprint", FootprintSettings),
 }
 
@@ -140,11 +141,12 @@ ROWS = [
     *(("The learned rule", name, None) for name in VARIANTS),
     ("Tasks of meta-training", "", TaskConfig),
     *(("Method files", name, None) for name in list_methods()),
+    *(("Streams", name, registry.get("arrangement", name)) for name in registry.ARRANGEMENTS),
 ]
 
 
 @pytest.mark.parametrize(("chapter", "name", "config"), ROWS, ids=lambda value: value if isinstance(value, str) else "")
-def test_all_that_a_method_may_name_has_a_section_with_its_settings(chapter: str, name: str, config: Any) -> None:
+def test_all_that_may_be_named_has_a_section_with_its_settings(chapter: str, name: str, config: Any) -> None:
     section = sections()[chapter][name]
     for each in fields(config) if config is not None else ():
         assert f"| `{each.name}` | `{shown(each.default)}` |" in section, each.name

@@ -23,7 +23,7 @@ from metaopt.cli.go_on import with_those_of_the_run
 from metaopt.cli.run_folder import MEMORY, SUMMARY, RunFolder, saved_run
 from metaopt.cli.settings import OnlineSettings
 from metaopt.cli.stop_signals import StoppedBySignal, stop_signals
-from metaopt.data import Batch, Stream
+from metaopt.data import Batch, Stream, arrange, batch_count
 from metaopt.evaluation import Monitor, closing_table, progress
 from metaopt.files import atomic_write_text, ensure_writable_folder
 from metaopt.online import OnlineAdapter, Progress, RunReport, Stopped, run_stream
@@ -36,6 +36,7 @@ def run(settings: OnlineSettings, arguments: Sequence[str]) -> None:
     saved, device = saved_run(settings), resolve_device(settings.device)
     policy = None if settings.policy_path is None else AdaptationPolicy.load(settings.policy_path)
     stream = settings.data.stream(settings.seed)
+    stream = arrange(stream, settings.stream, seed=settings.seed, batch_size=settings.batch_size)
     out = ensure_writable_folder(settings.out)
     with RunFolder(settings, arguments, saved) as folder:
         model = load_model(settings.model, settings.source, device)
@@ -69,7 +70,7 @@ def adapt(
     Raises:
         StoppedBySignal: after the batch in hand, with the state saved.
     """
-    batches = sum(-(-domain.size // settings.batch_size) for domain in stream)
+    batches = batch_count(stream, settings.batch_size)
     keeper = Progress(folder.save, settings.snapshot_every, folder.state)
     with (
         Monitor(folder.path, resume_step=folder.done + 1 if folder.state else 0) as monitor,
@@ -102,6 +103,7 @@ def summary(settings: OnlineSettings, report: RunReport) -> dict[str, Any]:
     return {
         "method": settings.method.name,
         "setting": settings.setting,
+        "stream": settings.stream,
         "model": settings.model.name,
         "seed": settings.seed,
         "batch_size": settings.batch_size,
@@ -116,6 +118,7 @@ def show(settings: OnlineSettings, report: RunReport, out: Path) -> None:
     ]
     rows.append(("mean", "", report.images, report.mean_error, report.mean_ece))
     title = f"{settings.method.name} on {settings.model.name}, setting {settings.setting}"
+    title += "" if settings.stream["name"] == "shuffled" else f", stream {settings.stream['name']}"
     closing_table(title, ["corruption", "severity", "images", "error %", "ECE %"], rows)
     if settings.memory != "dense" and report.layers:
         closing_table(f"memory={settings.memory}: what a step holds for backward", COLUMNS, memory_rows(report.layers))

@@ -94,14 +94,14 @@ def check_stream(stream: Stream, model: SourceModel, device: torch.device) -> No
     Raises:
         DataError: the labels go beyond the model's classes, or the images cannot be read or are of another size.
     """
-    data = stream[0].images
+    data = stream[0].sources[0].images
     data.check_classes(model.num_classes, kept=model.spec.classes is not None)
     check_images(model, to_float(data.images[:1], device))
 
 
 def fairness_note(policy: AdaptationPolicy, stream: Stream) -> str:
     """One line that names the stream's corruptions which the policy knows from meta-training; empty where none is."""
-    known = sorted({domain.name for domain in stream} & policy.known_shifts)
+    known = sorted({source.name for domain in stream for source in domain.sources} & policy.known_shifts)
     return f"not a fair test of the policy: it was meta-trained or selected on {', '.join(known)}" if known else ""
 
 

@@ -18,6 +18,7 @@ from metaopt.cli.assemble import (
 )
 from metaopt.cli.command import resolve_device, run_command
 from metaopt.cli.settings import BenchmarkSettings
+from metaopt.data import arrange
 from metaopt.errors import BudgetError
 from metaopt.evaluation import Monitor, progress
 from metaopt.files import ensure_writable_folder
@@ -32,7 +33,10 @@ def run(settings: BenchmarkSettings) -> None:
     """Run every arm on every seed's stream."""
     device = resolve_device(settings.device)
     policies = {path: AdaptationPolicy.load(path) for path in settings.policy_path}
-    streams = {seed: settings.data.stream(seed) for seed in settings.seeds}
+    streams = {
+        seed: arrange(settings.data.stream(seed), settings.stream, seed=seed, batch_size=settings.batch_size)
+        for seed in settings.seeds
+    }
     out = ensure_writable_folder(settings.out)
     model = load_model(settings.model, settings.source, device)
     images = cache(lambda: unlabeled_images(settings, device))
@@ -46,7 +50,7 @@ def run(settings: BenchmarkSettings) -> None:
         for arm in listed
     ]
     profiles: defaultdict[tuple[str, str | None], Profiles] = defaultdict(Profiles)  # by method and policy
-    results, left_out = Results(out / "benchmark.csv"), dict[Key, str]()
+    results, left_out = Results(out / "benchmark.csv", settings.stream["name"]), dict[Key, str]()
     with progress(len(listed) * len(streams), "Runs") as bar:
         for seed, stream in streams.items():
             for arm, method in zip(listed, methods, strict=True):

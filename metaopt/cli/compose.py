@@ -70,6 +70,8 @@ def help_text(schema: type, config_name: str, argv: Sequence[str]) -> str:
         for group, options in groups.items()
     ]
     listed = {"Methods": list_methods() if "method" in groups or "methods" in get_type_hints(schema) else {}}
+    if "stream" in get_type_hints(schema):
+        listed["Streams"] = registry.describe("arrangement")
     if listed["Methods"] or "parts" in getattr(schema, "LIFTED", {}):
         listed |= {"Parts": list_parts(), "Objective terms": registry.describe("objective term")}
     tables = [
@@ -87,12 +89,14 @@ def help_text(schema: type, config_name: str, argv: Sequence[str]) -> str:
 def _merge(schema: type, config_name: str, argv: Sequence[str]) -> dict[str, Any]:
     """Defaults of the library, the YAML files, and the arguments; plain containers, types not checked."""
     folder = CONFIGS
-    groups = _groups(config_name, folder)
+    groups, hints = _groups(config_name, folder), get_type_hints(schema)
     # Where the command runs several methods, it knows every one that there is a file for.
-    several = get_origin(get_type_hints(schema).get("method")) is dict
+    several = get_origin(hints.get("method")) is dict
     chosen = [_Override(f"+method@method.{name}", name) for name in list_methods()] if several else []
     values: list[_Override] = []
     for override in _expand_policy(_read(argv), groups):
+        if override.key == "stream" and "stream" in hints and not override.value.startswith("{"):
+            override = _Override("stream.name", override.value)
         if override.key in groups:
             for part in _choose(override, groups[override.key]):
                 (chosen if part.key in groups else values).append(part)
@@ -152,8 +156,11 @@ def _listed(value: Any) -> Any:
 
 
 def _open_keys(schema: type, base: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that no default shows: terms, parts and their settings, and a rule's."""
+    """Keys that no default shows: terms, parts and their settings, a rule's, and those of a stream's arrangement."""
     hints = get_type_hints(schema)
+    if "stream" in hints:
+        kinds = [registry.get("arrangement", name) for name in registry.ARRANGEMENTS]
+        yield from ("stream.name", *(f"stream.{each.name}" for kind in kinds for each in fields(kind)))
     for name in hints:
         if hints[name] is MethodConfig:
             yield from _method_keys(name)

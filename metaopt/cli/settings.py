@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from metaopt.activation_memory import ALLOCATIONS, MemoryConfig, Precision
+from metaopt.data.arrangements import settings_of
 from metaopt.data.readers import READERS
 from metaopt.errors import ConfigError, check_one_of, check_positive, check_range
 from metaopt.meta import MetaTrainConfig
@@ -113,6 +114,7 @@ class OnlineSettings(Common):
     policy_path: PathSetting | None = None  # --policy X is short for policy_path=X method=policy
     transfer: str | None = None  # generator: a policy of another model runs on this one, with what fits
     setting: str = "reset"  # before each corruption; or continual: never
+    stream: Any = field(default_factory=lambda: {"name": "shuffled"})  # how its images are arranged, with settings
     batch_size: int = 64
     memory: str | None = None  # None: dense, and with a budget pruned
     budget_mib: float | None = None  # bound on what is held for backward
@@ -127,6 +129,7 @@ class OnlineSettings(Common):
         """Check each value and what they need of one another."""
         super().__post_init__()
         check_one_of("setting", self.setting, SETTINGS)
+        self.stream = settings_of(self.stream)
         check_range("snapshot_every", self.snapshot_every, 0, example="200")
         self.memory = check_memory(self.memory, self.budget_mib)
         check_range("batch_size", self.batch_size, 1, example="64")
@@ -146,6 +149,7 @@ class BenchmarkSettings(Common):
     policy_path: list[PathSetting] = field(default_factory=list)  # a row of each method with a policy for each of these
     transfer: str | None = None  # as in OnlineSettings
     settings: list[str] = field(default_factory=lambda: ["reset"])  # and, or, continual
+    stream: Any = field(default_factory=lambda: {"name": "shuffled"})  # every method meets the same
     rates: list[float] = field(default_factory=list)  # learning rates of every hand-made rule, a row for each
     seeds: list[int] = field(default_factory=lambda: [0])  # of the order of images
     batch_size: int = 64
@@ -164,6 +168,7 @@ class BenchmarkSettings(Common):
         ):
             for value in values:
                 check_one_of(key, value, allowed)
+        self.stream = settings_of(self.stream)
         for key, rows in (("methods", self.methods), ("settings", self.settings), ("seeds", self.seeds)):
             if not rows:
                 raise ConfigError(f"{key}=[] is empty; at least one is needed: leave {key} out for the default")

@@ -104,17 +104,18 @@ class Results:
 
     Args:
         path: of the file, with a row for each domain of each run.
+        stream: name of the arrangement that all runs met.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, stream: str = "shuffled") -> None:
+        self.path, self.stream = path, stream
         self._rows: list[dict[str, Any]] = []
         self._runs: dict[Key, list[RunReport]] = {}
 
     def add(self, arm: Arm, seed: int, report: RunReport) -> None:
         """Take in a run and write all rows so far, atomically: a benchmark that is stopped keeps what was complete."""
         self._runs.setdefault(arm.key, []).append(report)
-        self._rows.extend(_rows(arm, seed, report))
+        self._rows.extend(_rows(arm, self.stream, seed, report))
         file = io.StringIO()
         writer = csv.DictWriter(file, fieldnames=list(self._rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -147,7 +148,8 @@ class Results:
         if any(len(run.pass_errors) > 1 for runs in groups.values() for run in runs):
             columns.append("error by pass")
             rows = [(*row, _by_pass(runs)) for row, runs in zip(rows, groups.values(), strict=True)]
-        closing_table("Mean over the corruptions, ± standard deviation over the runs", columns, rows)
+        met = "" if self.stream == "shuffled" else f", stream {self.stream}"
+        closing_table(f"Mean over the corruptions{met}, ± standard deviation over the runs", columns, rows)
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
         """Points (held MiB, error in percent) of each way of choosing what is kept, over its budgets."""
@@ -168,7 +170,7 @@ class Results:
         return curves_figure(curves, title, "held for backward, MiB", "error, %") if curves else None
 
 
-def _rows(arm: Arm, seed: int, report: RunReport) -> Iterator[dict[str, Any]]:
+def _rows(arm: Arm, stream: str, seed: int, report: RunReport) -> Iterator[dict[str, Any]]:
     """A row of the file for each domain of a run."""
     key = arm.key
     for domain in report.domains:
@@ -178,6 +180,7 @@ def _rows(arm: Arm, seed: int, report: RunReport) -> Iterator[dict[str, Any]]:
             "policy": key.policy,
             "lr": key.rate,
             "setting": key.setting,
+            "stream": stream,
             "memory": arm.memory,
             "pruning": arm.allocation,
             "budget_mib": arm.budget,

@@ -66,6 +66,12 @@ class Predictions:
     def add(self, domain: str, severity: float, batch: Batch, logits: Tensor) -> None:
         """Take in one batch; logits without a softmax have confidence 0, and those with NaN no prediction.
 
+        Args:
+            domain: name of the domain of all its images, where the batch does not say it of each.
+            severity: of that domain.
+            batch: what was met.
+            logits: (B, C).
+
         Raises:
             OutputError: it cannot be written, or another process is writing the file.
         """
@@ -73,10 +79,13 @@ class Predictions:
         confidence = [f"{value:.6f}" for value in confidences(logits).tolist()]
         unknown = logits.isnan().any(dim=1).tolist()
         predicted = ["" if nan else k for nan, k in zip(unknown, logits.argmax(dim=1).tolist(), strict=True)]
-        columns = batch.index.tolist(), predicted, confidence, labels
+        origins = [(domain, severity)] * len(labels)
+        if batch.source is not None:
+            origins = [(batch.sources[k].name, batch.sources[k].severity) for k in batch.source.tolist()]
+        columns = batch.index.tolist(), origins, predicted, confidence, labels
         rows = [
-            (index, domain, f"{severity:g}", prediction, sure, label)
-            for index, prediction, sure, label in zip(*columns, strict=True)
+            (index, name, f"{strength:g}", prediction, sure, label)
+            for index, (name, strength), prediction, sure, label in zip(*columns, strict=True)
         ]
         self._write(rows)
 

@@ -56,16 +56,22 @@ class Progress:
 
 
 def fingerprint(stream: Stream) -> str:
-    """Names, severities and sizes of the domains."""
+    """Names, severities and sizes of the domains and, where they were arranged, which images are met in which order."""
     digest = hashlib.sha256()
     for domain in stream:
         digest.update(f"{domain.name!r}|{domain.severity}|{domain.size}\n".encode())
+        if domain.order is not None:
+            order = domain.order
+            made_of = [(each.name, each.severity, each.size, each.visit) for each in order.sources]
+            images = weights_sha256({"source": order.source, "index": order.index})
+            digest.update(f"{made_of}|{order.segments}|{images}\n".encode())
     return digest.hexdigest()
 
 
 def last_seen(batch: Batch) -> str:
     """Fingerprint of the last image of a batch, and of which images the batch has."""
-    return weights_sha256({"image": batch.images[-1:], "index": batch.index})
+    of = {} if batch.source is None else {"source": batch.source}
+    return weights_sha256({"image": batch.images[-1:], "index": batch.index, **of})
 
 
 def check_same(now: RunState, then: RunState) -> None:

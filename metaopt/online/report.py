@@ -21,7 +21,7 @@ class DomainReport:
     error: float | None
     ece: float | None
     cumulative_error: list[float] = field(default_factory=list)  # after each batch
-    number: int = 1  # of the pass through the stream
+    number: int = 1  # of the pass through the stream, or of the visit to the domain
 
 
 @dataclass
@@ -88,10 +88,25 @@ class RunReport:
         }
 
 
-def domain_report(domain: Domain, score: DomainScore, number: int) -> DomainReport:
-    """The report of a domain that has been met in the pass of that number."""
-    result, curve = score.result(), list(score.cumulative_error)
-    return DomainReport(domain.name, domain.severity, result.images, result.error, result.ece, curve, number)
+def domain_reports(
+    domain: Domain, score: DomainScore, shares: Sequence[DomainScore], passes_before: int
+) -> list[DomainReport]:
+    """The report of a domain that has been met, or, where it is made of several, of each of these.
+
+    Args:
+        domain: the one that was met.
+        score: of all its images.
+        shares: of the images of each of its sources; empty where there is one.
+        passes_before: passes that were behind when the stream began anew; visits count from there.
+    """
+    scored = [*zip(domain.sources, shares, strict=True)] if shares else [(domain, score)]
+    found = []
+    for each, own in scored:
+        result, curve = own.result(), list(own.cumulative_error)
+        if result.images or each is domain:  # of few images, chance may leave a source none
+            about = each.name, each.severity, result.images, result.error, result.ece, curve
+            found.append(DomainReport(*about, passes_before + each.visit))
+    return found
 
 
 def domains_to_dict(domains: Sequence[DomainReport]) -> dict[str, Any]:

@@ -8,19 +8,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from metaopt.data import Batch, Stream, batches
+from metaopt.data import Batch, Domain, Stream, batch_count, batches
 from metaopt.errors import CheckpointError, DataError, check_one_of
 from metaopt.evaluation import DomainScore, Monitor, state_mib
 from metaopt.online.adapter import OnlineAdapter
 from metaopt.online.decisions import Decisions
 from metaopt.online.gauges import Gauges
 from metaopt.online.progress import Progress, RunState, check_same, fingerprint, last_seen
-from metaopt.online.report import DomainReport, RunReport, domain_report, domains_from_dict, domains_to_dict
+from metaopt.online.report import DomainReport, RunReport, domain_reports, domains_from_dict, domains_to_dict
 
 SETTINGS = ("reset", "continual")
 
 BatchCallback = Callable[[str, float, Batch, Tensor], None]
-"""Called after each batch with the domain's name and severity, the batch, and its logits (B, C)."""
+"""Called after each batch with the domain's name and severity, the batch, and its logits (B, C).
+
+Where a domain has images of several others, they are those of the one that the batch is of, or else its own; the batch
+says which one each image is of (`Batch.source`).
+"""
 
 
 def run_stream(
@@ -39,7 +43,8 @@ def run_stream(
 
     Args:
         adapter: the model with its method.
-        stream: domains, in the order in which they are met; where the first comes again, another pass begins.
+        stream: domains, in the order in which they are met; where the first comes again, another pass begins. One that
+            `metaopt.data.arrange` made is met as it was arranged.
         setting: ``reset`` starts each domain from the source; ``continual`` never resets.
         batch_size: images a batch; the short last one is used too.
         seed: of the order of images.
@@ -63,22 +68,23 @@ def run_stream(
     met = partial(batches, batch_size=batch_size, device=device, seed=seed)
     adapter.reset()
     adapter.watch.clear()
-    run = _Run(adapter, monitor or Monitor(None), torch.device(device), _batch_count(stream, batch_size))
+    run = _Run(adapter, monitor or Monitor(None), torch.device(device), batch_count(stream, batch_size))
     if progress is not None:
         run.keep_by(progress, stream, met, {"setting": setting, "batch size": batch_size, "seed": seed})
-    number = 0
+    number, visits = 0, max(source.visit for domain in stream for source in (domain, *domain.sources))
     for place, domain in enumerate(stream):
         number += domain is stream[0]
         if place < run.domain:  # met before the run was stopped
             continue
         if run.batch == 0:
-            run.begin_domain(reset=setting == "reset")
+            run.begin_domain(domain, reset=setting == "reset")
         for batch in met(domain, skip=run.batch):
-            logits = run.answer(batch, domain.name)
+            home = batch.home(domain)
+            logits = run.answer(batch, home.name)
             if on_batch is not None:
-                on_batch(domain.name, domain.severity, batch, logits)
+                on_batch(home.name, home.severity, batch, logits)
             run.end_batch(batch)
-        run.domains.append(domain_report(domain, run.score, number))
+        run.domains += domain_reports(domain, run.score, run.shares, (number - 1) * visits)
         run.domain, run.batch = place + 1, 0
     run.collect_counts()
     run.decisions.show(run.steps)
@@ -92,6 +98,7 @@ class _Run:
         self.adapter, self.monitor = adapter, monitor
         self.domain = self.batch = 0  # domains that are behind, and batches of the one in hand
         self.score = DomainScore(adapter.model.num_classes)  # of that one
+        self.shares: list[DomainScore] = []  # of each of its sources, where it has several
         self.gauges = Gauges(adapter, device, batch_count)
         self.domains: list[DomainReport] = []
         self.guard_events: Counter[str] = Counter({name: 0 for name in adapter.events})
@@ -135,6 +142,8 @@ class _Run:
         try:
             check_same(self.made_of, progress.resume["made_of"])
             self.load_state_dict(progress.resume)
+            if len(self.shares) != _share_count(stream[self.domain]):
+                raise ValueError("scores of the domain's sources are missing")
             there = last_seen(next(met(stream[self.domain], skip=self.batch - 1)))
             then = progress.resume["last"]
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError, StopIteration) as error:
@@ -146,12 +155,13 @@ class _Run:
                 "start a new run"
             )
 
-    def begin_domain(self, reset: bool) -> None:
-        """A new score and, where asked, an adapter that is back at the source."""
+    def begin_domain(self, domain: Domain, reset: bool) -> None:
+        """New scores and, where asked, an adapter that is back at the source."""
         if reset:
             self.collect_counts()
             self.adapter.reset()
-        self.score = DomainScore(self.adapter.model.num_classes)
+        self.score = self._new_score()
+        self.shares = [self._new_score() for _ in range(_share_count(domain))]
 
     def end_batch(self, batch: Batch) -> None:
         """The batch is answered: save the run where it is time to."""
@@ -172,6 +182,7 @@ class _Run:
             "events": dict(self.guard_events),
             "adapter": self.adapter.state_dict(),
             "score": self.score.state_dict(),
+            "shares": [score.state_dict() for score in self.shares],
             "domains": domains_to_dict(self.domains),
             "decisions": self.decisions.state_dict(),
             "gauges": self.gauges.state_dict(),
@@ -182,6 +193,11 @@ class _Run:
         """Go on where :meth:`state_dict` was taken."""
         self.adapter.load_state_dict(values["adapter"])
         self.score.load_state_dict(values["score"])
+        if not isinstance(values["shares"], list):
+            raise TypeError("scores of the domain's sources are missing")
+        self.shares = [self._new_score() for _ in values["shares"]]
+        for score, own in zip(self.shares, values["shares"], strict=True):
+            score.load_state_dict(own)
         self.decisions.load_state_dict(values["decisions"])
         self.domains = domains_from_dict(values["domains"])
         self.domain, self.batch, self.updates = (int(values[name]) for name in ("domain", "batch", "updates"))
@@ -199,6 +215,10 @@ class _Run:
         with self.decisions.watching(domain):
             logits = self.step(batch)
         self.score.update(logits, batch.labels)
+        if self.shares and batch.source is not None:
+            for place in batch.source.unique().tolist():
+                own = (batch.source == place).to(logits.device)
+                self.shares[place].update(logits[own], None if batch.labels is None else batch.labels[own])
         self.log(domain)
         return logits
 
@@ -227,6 +247,9 @@ class _Run:
         for name, count in self.adapter.events.items():
             self.monitor.scalar(f"online/guard/{name}", self.guard_events[name] + count, self.steps)
 
+    def _new_score(self) -> DomainScore:
+        return DomainScore(self.adapter.model.num_classes)
+
     def collect_counts(self) -> None:
         """Take over the adapter's counters before it is reset."""
         self.updates += self.adapter.updates
@@ -252,8 +275,9 @@ class _Run:
         )
 
 
-def _batch_count(stream: Stream, batch_size: int) -> int:
-    return sum(-(-domain.size // batch_size) for domain in stream)
+def _share_count(domain: Domain) -> int:
+    """Scores beside that of the whole domain: one for each source, where there are several or it is another's name."""
+    return 0 if len(domain.sources) == 1 and domain.sources[0].name == domain.name else len(domain.sources)
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ SUMMARY = [
     *(
         "method",
         "setting",
+        "stream",
         "model",
         "seed",
         "batch_size",

@@ -50,11 +50,10 @@ BARE = (
     "parts.class_balance=false",
     "parts.initialization=false",
     "parts.weight_ensembling=false",
-    "parts.class_skew=false",
 )
 EXPERTS = ("recipe=experts", "parts.experts.bottleneck=2")
 VIEWS = "method.parts.teacher.views=2"
-SMALL = (f"batch_size={BATCH}",)
+SMALL = (f"batch_size={BATCH}", "parts.class_skew=false")
 POLICIES: dict[str, tuple[str, ...]] = {
     "default": SMALL,
     "gate": (*SMALL, "parts.update_gate.share=0.5"),
@@ -130,7 +129,6 @@ METHODS: dict[str, tuple[tuple[str, ...], str | None]] = {
             "method.parts.restoration=false",
             "method.parts.initialization=false",
             "method.parts.weight_ensembling=false",
-            "method.parts.class_skew=false",
             "method.objective.entropy=1",
             "method.lr=0.003",
         ),

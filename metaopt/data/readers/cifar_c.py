@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
 from metaopt.data.images import ImageSet
 from metaopt.data.readers.arrays import images_tensor, labels_tensor
 from metaopt.data.readers.base import Reader
@@ -63,7 +66,15 @@ def _domain(folder: Path, name: str, severity: float, label_rows: int, limit: in
     start, count = _rows(folder / f"{name}.npy", len(array), label_rows, int(severity))
     size = count if limit is None else min(limit, count)
     images_tensor(array[start : start + 1], folder / f"{name}.npy")
-    return Domain(name, float(severity), size, partial(_read, folder, name, start, size))
+    return Domain(
+        name,
+        float(severity),
+        size,
+        partial(_read, folder, name, slice(start, start + size), size),
+        partial(_labels, folder, size),
+        lambda index: _read(folder, name, start + index.numpy(), size, index),
+        lambda other: _domain(folder, name, other, label_rows, limit),
+    )
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -95,8 +106,21 @@ def _rows(path: Path, rows: int, label_rows: int, severity: int) -> tuple[int, i
     return 0, rows
 
 
-def _read(folder: Path, name: str, start: int, size: int) -> ImageSet:
-    """The images of a domain and their labels, which repeat with every severity."""
-    images = open_array(folder / f"{name}.npy")[start : start + size]
-    labels = labels_tensor(open_array(folder / LABELS)[:size], folder / LABELS)
-    return ImageSet(images_tensor(images, folder / f"{name}.npy"), labels)
+def _read(
+    folder: Path, name: str, rows: slice | np.ndarray, size: int, index: slice | Tensor = slice(None)
+) -> ImageSet:
+    """Images of a domain by the rows of its file, and their labels, which repeat with every severity.
+
+    Args:
+        folder: of the files.
+        name: of the corruption.
+        rows: of its file.
+        size: images of the domain.
+        index: positions of the rows in the domain.
+    """
+    images = open_array(folder / f"{name}.npy")[rows]
+    return ImageSet(images_tensor(images, folder / f"{name}.npy"), _labels(folder, size)[index])
+
+
+def _labels(folder: Path, size: int) -> Tensor:
+    return labels_tensor(open_array(folder / LABELS)[:size], folder / LABELS)
