@@ -48,7 +48,7 @@ def test_files_that_do_not_fit_are_refused_and_change_nothing(method: str, tmp_p
     cases: dict[str, tuple[OnlineAdapter, str]] = {
         "method.pt": (new_adapter("tent"), "it is of method 'tent', not 'policy'"),
         "rule.pt": (new_adapter("step_sizes"), "another rule" if method == "residual" else "other parts"),
-        "parts.pt": (new_adapter("default" if method != "default" else "residual"), "other parts"),
+        "parts.pt": (new_adapter("residual" if method in ("default", "default, skewed") else "default"), "other parts"),
         "shapes.pt": (OnlineAdapter(wide, tent), "its parameters are of another model"),
         "weights.pt": (OnlineAdapter(tiny_model(seed=1), tiny_policy(tiny_model(seed=1))), "other weights"),
     }
