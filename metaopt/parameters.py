@@ -175,10 +175,21 @@ def call_with(
     return functional_call(model, sites, args, dict(kwargs or {}), tie_weights=False)
 
 
+def own_tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of the model by its name.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    owner, _, role = name.rpartition(".")
+    found = getattr(model.get_submodule(owner), role)
+    assert isinstance(found, Tensor)
+    return found
+
+
 def own_values(model: nn.Module, names: Iterable[str]) -> Parameters:
     """The model's own values of some of its tensors, which adaptation never changes, detached; float32 at least."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    return {name: widened(own[name].detach()) for name in names}
+    return {name: widened(own_tensor(model, name).detach()) for name in names}
 
 
 def flatten(parameters: Parameters) -> Tensor:

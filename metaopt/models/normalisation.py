@@ -26,7 +26,7 @@ def by_batch(
     the duration, which also guards them from NaN batches, and come back in any case. Of a single image layers may need
     them, and in half precision torch would round what it takes.
     """
-    layers = [layer for layer in module.modules() if enabled and isinstance(layer, _BatchNorm)]
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)] if enabled else []
     if layers and any(getattr(part, "grad_checkpointing", False) for part in module.modules()):
         raise ModelError(
             f"{type(module).__name__} has grad_checkpointing on, whose recomputation would miss the batch statistics; "

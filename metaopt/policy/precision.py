@@ -13,14 +13,14 @@ measured in each backward pass: no loss is too small or too large for it, it has
 finding it. bfloat16 has float32's exponents and needs none.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metaopt.parameters import call_with
+from metaopt.parameters import call_with, own_tensor
 from metaopt.types import ForwardOutput, Parameters, widened
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -58,9 +58,10 @@ def run_network(
     Returns:
         Logits and features in float32 at least, differentiable in ``tensors``.
     """
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    own = {name: own_tensor(model, name) for name in tensors}
+    first = next(model.parameters(), None)
     with autocast():
-        scale = GradientScale() if _runs_in_float16(own, tensors, images.device.type) else None
+        scale = GradientScale() if _runs_in_float16([first, *own.values()], images.device.type) else None
         taken = tensors if scale is None else {name: scale.taken_in(tensor) for name, tensor in tensors.items()}
         inside = {n: tensor if tensor.dtype == own[n].dtype else tensor.to(own[n].dtype) for n, tensor in taken.items()}
         output: ForwardOutput = call_with(model, inside, (images,), how)
@@ -68,11 +69,10 @@ def run_network(
     return output if scale is None else scale.given_out(output)
 
 
-def _runs_in_float16(own: Mapping[str, Tensor], tensors: Parameters, device_type: str) -> bool:
+def _runs_in_float16(tensors: Iterable[Tensor | None], device_type: str) -> bool:
     if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
         return True
-    first = next(iter(own.values()), None)
-    return any(each.dtype == torch.float16 for each in (first, *(own[name] for name in tensors)) if each is not None)
+    return any(each.dtype == torch.float16 for each in tensors if each is not None)
 
 
 class GradientScale:
