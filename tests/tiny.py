@@ -135,6 +135,9 @@ def tiny_config(**changes: object) -> MetaTrainConfig:
         "unrolls": 2,
         "selection_tasks": 1,
         "deploy_step_scale": 1.0,
+        "clean": 0.0,
+        "alternating": 0.0,
+        "mixed": 0.0,
     }
     return MetaTrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -23,6 +23,9 @@ class MetaTrainConfig(TaskConfig, UnrollConfig):
     How tasks are drawn and how the meta-gradient is taken are settings of it too (`TaskConfig`, `UnrollConfig`).
     """
 
+    clean: float = 0.15  # these three in place of the plain tasks of `TaskConfig`: streams change and mix domains
+    alternating: float = 0.15
+    mixed: float = 0.15
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     # Weight of each objective term at the start; learned with ``clean_teacher``.
     objective: dict[str, float] = field(default_factory=lambda: {"slr": 1.0, "diversity": 1.0})

@@ -9,7 +9,7 @@ CLEAN_VIEWS = ("cached", "augmented")
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """How tasks are drawn. What makes them like the streams of deployment is off by default."""
+    """How tasks are drawn. What makes them like the streams of deployment is off here; see `MetaTrainConfig`."""
 
     batch_size: int = 64
     strength: tuple[float, float] = (0.5, 5.0)  # range of the shift's strength

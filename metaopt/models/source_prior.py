@@ -155,9 +155,7 @@ class SourcePrior(TorchFunctionMode):
         shift = shift if bias is None else bias + shift
         return functional.batch_norm(input, None, None, scale, shift, True, momentum, eps)
 
-    def _mixture(
-        self, place: int, images: int, mean: Tensor, variance: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def _mixture(self, place: int, images: int, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """What a layer normalises by, mean and variance, (C,), where a batch of so many images has these."""
         count, other_mean, other_variance = self._references[place]
         if count is not None:

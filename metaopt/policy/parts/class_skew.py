@@ -1,24 +1,25 @@
 r"""Class skew: batches that hold a few classes alone, as of streams that are sorted by class.
 
 Of those a network that normalises by the batch spreads its predictions over all classes, and is wrong; what it would
-learn from them ruins it; and nothing that it predicts tells. So at a domain's first batch, and at one in ``every`` after
-it, the part looks with other eyes: the *cautious pass* has the source's own parameters, and BatchNorm statistics that
-are shrunk to the source's as far as a batch of one class differs from it without a shift
-(`metaopt.models.source_prior.Shrinkage`, :math:`V = s_1 F + s_2 A / n + s_3 C g`). Where the classes that it predicts, with mean shares
-:math:`\bar p`, are clearly fewer than as many images of even classes would show, or the policy's own pass is less sure,
+learn from them ruins it; and nothing that it predicts tells. So at a domain's first batch, and at one in ``every``
+after it, the part looks with other eyes: the *cautious pass* has the source's own parameters, and BatchNorm statistics
+that are shrunk to the source's as far as a batch of one class differs from it without a shift
+(`metaopt.models.source_prior.Shrinkage`, :math:`V = s_1 F + s_2 A / n + s_3 C g`). Where the classes that it predicts,
+with mean shares :math:`\bar p`, are clearly fewer than as many images of even classes would show, or the policy's own
+pass is less sure,
 
 .. math:: \frac{\bar H_{own} - \bar H_{cautious}}{\log C} > \mathrm{slope}\,(e - \mathrm{evenness}), \qquad
     e = \exp\big(H(\bar p) - \mathrm{E}[H_n]\big) < 0.9,
 
-with mean entropies :math:`\bar H` of both passes' predictions,
-the batch is *skewed*: the cautious pass answers, no update is made, and the next batch is looked at too. The part
-remembers the statistics and the class shares :math:`\pi` of what it looked at in a domain; the more classes were there,
-the less need of caution: :math:`g = (\sum_k \pi_k^2 - 1/C) / (1 - 1/C)`, with the present batch taken for one of the most
-frequent class. F, A and C: `metaopt.models.class_variation`. The scales s are learned.
+with mean entropies :math:`\bar H` of both passes' predictions, the batch is *skewed*: the cautious pass answers, no
+update is made, and the next batch is looked at too. The part remembers the statistics and the class shares :math:`\pi`
+of what it looked at in a domain; the more classes were there, the less need of caution:
+:math:`g = (\sum_k \pi_k^2 - 1/C) / (1 - 1/C)`, with the present batch taken for one of the most frequent class. F, A
+and C: `metaopt.models.class_variation`. The scales s are learned.
 
 Neighbouring batches of a stream that is sorted by class lie far from each other without any shift of domain. While
-batches are skewed, distances count for less by the design effect :math:`1 + (n - 1) \rho` of n images of one class, with
-:math:`\rho` the share of classes in the variance of what the shift distance looks at, on clean images.
+batches are skewed, distances count for less by the design effect :math:`1 + (n - 1) \rho` of n images of one class,
+with :math:`\rho` the share of classes in the variance of what the shift distance looks at, on clean images.
 """
 
 import math
@@ -68,7 +69,9 @@ class ClassSkewConfig:
 
     every: int = 8  # batches, while the classes are even
     evenness: float = 0.6  # e at which a batch is skewed where both passes are equally sure
-    slope: float = 0.13  # by how much more sure, in shares of log C, the cautious pass has to be for an e that is larger by 1
+    slope: float = (
+        0.13  # by how much more sure, in shares of log C, the cautious pass has to be for an e that is larger by 1
+    )
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
@@ -200,12 +203,11 @@ class ClassSkew(Part):
         state, images = context.state[self.name], len(context.images)
         before = _counted(state, images)
         moments = None if state.moments.mean.numel() == 0 else state.moments._replace(count=before)
+        wanted: dict[str, Any] = {"prior": self.shrinkage(state.shares, before, images), "stream": moments}
+        if record is not None:
+            wanted["record"] = record
         return context.forward(
-            parameters=own_values(context.model, context.parameters),
-            batch_statistics=True,
-            prior=self.shrinkage(state.shares, before, images),
-            stream=moments,
-            **({} if record is None else {"record": record}),
+            parameters=own_values(context.model, context.parameters), batch_statistics=True, **wanted
         )
 
     def shrinkage(self, shares: Tensor, before: Tensor, images: int) -> Shrinkage:

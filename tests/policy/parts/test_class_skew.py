@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from metaopt.errors import ConfigError
-from metaopt.models import Shrinkage, prior_layers
-from metaopt.models.class_variation import class_variation, variation
 from metaopt.data import load_digits
+from metaopt.errors import ConfigError
+from metaopt.models import Shrinkage, SourceModel, prior_layers
+from metaopt.models.class_variation import class_variation, variation
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.parts.class_skew import (
@@ -39,7 +40,7 @@ def policy(skew: dict[str, float] | None, **parts: object) -> AdaptationPolicy:
 
 def certain(classes: Sequence[int], count: int = 10) -> Tensor:
     """Logits of images whose classes are beyond doubt."""
-    return 50.0 * torch.nn.functional.one_hot(torch.tensor(classes), count).double()
+    return 50.0 * functional.one_hot(torch.tensor(classes), count).double()
 
 
 @pytest.mark.parametrize(("images", "classes"), [(1, 4), (3, 2), (4, 3), (5, 3)])
@@ -82,10 +83,19 @@ def test_variation_between_images_and_between_classes_without_chance() -> None:
     assert few[0] == few[1]  # one image of each class: nothing tells images from classes
 
 
+def norm(model: SourceModel, name: str) -> nn.BatchNorm2d:
+    """A BatchNorm layer of a model."""
+    layer = model.module.get_submodule(name)
+    assert isinstance(layer, nn.BatchNorm2d)
+    return layer
+
+
 def test_clean_images_of_the_source_itself_have_no_offset() -> None:
     model, images = tiny_resnet(), random_images(24, seed=3).double()
-    layer = model.module.get_submodule("bn1")
-    seen = model.module.conv1((images - model.mean) / model.std)
+    layer = norm(model, "bn1")
+    assert layer.running_mean is not None and layer.running_var is not None
+    mean, std = (torch.tensor(each, dtype=torch.float64).view(1, 3, 1, 1) for each in (model.spec.mean, model.spec.std))
+    seen = model.module.get_submodule("conv1")((images - mean) / std)
     layer.running_mean.copy_(seen.mean((0, 2, 3)))
     found = class_variation(model, images, batch_size=7)
     assert found.offset[0] == pytest.approx(0.0, abs=1e-12) and bool((found.offset[1:] > 0).all())
@@ -103,15 +113,21 @@ def test_statistics_are_shrunk_by_the_formula(grad: bool) -> None:
         found = model(images, batch_statistics=True, prior=Shrinkage(unshifted)).logits
     shares = []
     for name, v in zip(layers, unshifted, strict=True):
-        layer = model.module.get_submodule(name)
+        layer = norm(model, name)
 
-        def shrunk(x: Tensor, layer: torch.nn.Module = layer, v: Tensor = v) -> Tensor:
-            mean, var, source, spread = x.mean((0, 2, 3)), x.var((0, 2, 3), False), layer.running_mean, layer.running_var
+        def shrunk(x: Tensor, layer: nn.BatchNorm2d = layer, v: Tensor = v) -> Tensor:
+            mean, var, source, spread = (
+                x.mean((0, 2, 3)),
+                x.var((0, 2, 3), False),
+                layer.running_mean,
+                layer.running_var,
+            )
+            assert source is not None and spread is not None
             distance = ((mean - source) ** 2 / (spread + layer.eps)).mean()
             share = max(0.0, float(1 - v / distance))
             shares.append(share)
             mean, var = source + share * (mean - source), spread + share * (var - spread)
-            return torch.nn.functional.batch_norm(x, mean, var, layer.weight, layer.bias, False, 0.0, layer.eps)
+            return functional.batch_norm(x, mean, var, layer.weight, layer.bias, False, 0.0, layer.eps)
 
         layer.forward = shrunk  # type: ignore[method-assign]
     torch.testing.assert_close(found, model(images).logits, rtol=1e-10, atol=1e-10)
