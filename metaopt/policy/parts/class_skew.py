@@ -15,7 +15,7 @@ with mean entropies :math:`\bar H` of both passes' predictions, the batch is *sk
 update is made, and the next batch is looked at too. The part remembers the statistics and the class shares :math:`\pi`
 of what it looked at in a domain; the more classes were there, the less need of caution:
 :math:`g = (\sum_k \pi_k^2 - 1/C) / (1 - 1/C)`, with the present batch taken for one of the most frequent class. F, A
-and C: `metaopt.models.class_variation`. The scales s are learned.
+and C: `metaopt.models.class_variation`. The scales s are learned. Networks without BatchNorm are never looked at.
 
 Neighbouring batches of a stream that is sorted by class lie far from each other without any shift of domain. While
 batches are skewed, distances count for less by the design effect :math:`1 + (n - 1) \rho` of n images of one class,
@@ -139,7 +139,8 @@ class ClassSkew(Part):
         """Look at the batch where it is time to; above 0 where it is not skewed."""
         state = context.state[self.name]
         if "skewed" not in context.signals:
-            if int(state.batches) % self.config.every == 0 or bool(state.skewed):
+            due = int(state.batches) % self.config.every == 0 or bool(state.skewed)
+            if self.layers and due:
                 context.notes[self.name] = look = self._look(context)
                 context.signals["skewed"] = state.skewed.new_tensor(float(look.skewed))
             else:
@@ -149,7 +150,7 @@ class ClassSkew(Part):
     def condition(self, context: StepContext) -> None:
         """Tell others whether the batch is skewed, where nobody decides: as it was, at first with caution."""
         state = context.state[self.name]
-        unseen = context.few and int(state.batches) == 0
+        unseen = bool(self.layers) and context.few and int(state.batches) == 0
         context.signals.setdefault("skewed", torch.ones_like(state.skewed) if unseen else state.skewed)
 
     def predict(self, context: StepContext) -> Tensor | None:
@@ -192,9 +193,7 @@ class ClassSkew(Part):
         return Look(logits, moments, surer > self.config.slope * (even - self.config.evenness))
 
     def _cautious(self, context: StepContext, record: dict[int, tuple[Tensor, Tensor]] | None = None) -> ForwardOutput:
-        """The output on the batch by the source's parameters and shrunk statistics; without BatchNorm, by the start."""
-        if not self.layers:
-            return context.forward(parameters=context.start)
+        """The output on the batch by the source's parameters and shrunk statistics."""
         if not self._known:
             raise ConfigError(
                 "the part class_skew knows nothing of the source; it needs clean unlabeled images: set "

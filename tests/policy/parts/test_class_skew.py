@@ -195,6 +195,18 @@ def test_an_even_stream_is_answered_as_without_the_part() -> None:
     assert watching.events["skewed"] == 0 and watching.updates == plain.updates == 10
 
 
+def test_networks_without_batch_normalisation_are_never_looked_at() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(96, 10))
+    watching, plain = (
+        OnlineAdapter(SourceModel(net), tiny_policy(SourceModel(net), parts=parts))
+        for parts in ({"class_skew": True}, {})
+    )
+    for seed in range(3):
+        assert torch.equal(watching(random_images(6, seed)), plain(random_images(6, seed)))
+    assert watching.events["skewed"] == 0 and watching.updates == 3
+
+
 def test_looks_are_rare_while_classes_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     look = ClassSkew._look
