@@ -184,6 +184,8 @@ class FirstOrderUnroll(Unroll):
 
     def _scored(self, score: Tensor, leaves: Parameters) -> Parameters:
         """Gradient of the meta-loss in the adapted tensors; that in `direct` is taken down at once."""
+        if not score.requires_grad:  # a part has predicted in their place
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         gradients = gradients_of(score, leaves | self.direct)
         for name in self.direct:
             self.gradients[name] = self.gradients[name] + gradients[name] / self.steps

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from metaopt.data import load_digits
 from metaopt.errors import ConfigError
+from metaopt.meta import MetaTrainer
 from metaopt.models import Shrinkage, SourceModel, prior_layers
 from metaopt.models.class_variation import class_variation, variation
 from metaopt.online import OnlineAdapter
@@ -28,7 +30,7 @@ from metaopt.policy.step import StepContext
 from metaopt.policy.untrained import new_policy
 
 from ...meta.cases import tiny_resnet
-from ...tiny import BARE, random_images, small_digits, tiny_model, tiny_policy, trained_model
+from ...tiny import BARE, random_images, small_digits, tiny_config, tiny_model, tiny_policy, trained_model
 
 NEVER = {"evenness": 1e-9, "slope": 1e9}
 
@@ -239,6 +241,19 @@ def test_it_needs_clean_images_and_says_so() -> None:
     adapter.policy.part("class_skew").correlation.fill_(-1.0)
     with pytest.raises(ConfigError, match=r"class_skew knows nothing of the source; .* set source.images=PATH"):
         adapter(random_images(8, seed=0))
+
+
+@pytest.mark.parametrize("frozen", [(), ("class_skew",)])
+def test_meta_training_learns_the_scales_where_they_are_not_frozen(frozen: tuple[str, ...]) -> None:
+    tasks: dict[str, Any] = {"skewed": 1.0, "clean": 1.0, "translate": 0, "unrolls": 4}
+    parts = {"batch_statistics": 16, "class_skew": True}
+    config = tiny_config(batch_size=40, parts=parts, frozen=frozen, **tasks)
+    trainer = MetaTrainer(trained_model(), small_digits(load_digits().unlabeled), ("gaussian_blur", "saturate"), config)
+    part = trainer.policy.part("class_skew")
+    part.log_scales.data.fill_(-5.0)  # where statistics are all the source's, nothing depends on them
+    before = part.log_scales.detach().clone()
+    trainer.run()
+    assert torch.equal(part.log_scales, before) == bool(frozen) and bool(torch.isfinite(part.log_scales).all())
 
 
 @pytest.mark.parametrize(
