@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from metaopt.meta.loss import build_meta_loss
 from metaopt.meta.meta_gradient import meta_gradient
 from metaopt.meta.optimizer import MetaOptimizer
 from metaopt.meta.selection import held_out_tasks, selection_loss
+from metaopt.meta.task_config import TaskConfig
 from metaopt.meta.tasks import Task, TaskSampler, Window
 from metaopt.meta.trainer_state import TrainerState, next_multiplier
 from metaopt.meta.unroll import learned_groups
@@ -159,8 +161,8 @@ class MetaTrainer:
         """
         before = self.state_dict()
         try:
-            # A setting that a file of an older release lacks has come with a default that changes nothing.
-            config = {**MetaTrainConfig().to_dict(), **values["config"]}
+            # A setting that a file of an older release lacks was then as plain tasks have it, or changes nothing.
+            config = {**MetaTrainConfig().to_dict(), **asdict(TaskConfig()), **values["config"]}
             differing = sorted(
                 key
                 for key, value in self.config.to_dict().items()

@@ -65,7 +65,8 @@ def test_learned_parts_move_frozen_ones_and_the_network_stay(tmp_path: Path) -> 
             trainer.run()
         weights = trainer.policy.state_dict()
         moved = {name for name in start if not torch.equal(weights[name], start[name])}
-        assert moved == set(learned_tensors(trainer.policy))
+        # Nothing tells the scales of a part that finds no batch skewed.
+        assert moved == set(learned_tensors(trainer.policy)) - {"parts.class_skew.log_scales"}
         assert not any(still in name for name in moved if still is not None and name.startswith("parts.experts."))
         assert list(model.state_dict()) == list(before)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -437,7 +437,10 @@ def test_refusals() -> None:
         ({"alternating": float("nan")}, r"meta\.alternating is nan"),
         ({"mixed": "x"}, r"meta\.mixed is x"),
         ({"gradual": 1.1}, r"meta\.gradual is 1.1"),
-        ({"clean": 0.5, "mixed": 0.6}, r"meta\.clean, meta\.alternating and meta\.mixed add up to 1\.1; "),
+        (
+            {"clean": 0.5, "alternating": 0.0, "mixed": 0.6},
+            r"meta\.clean, meta\.alternating and meta\.mixed add up to 1\.1; ",
+        ),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             MetaTrainConfig(**change)  # type: ignore[arg-type]

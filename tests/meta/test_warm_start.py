@@ -19,7 +19,8 @@ from ..tiny import random_images, tiny_config, tiny_model
 
 IMAGES = random_images(32, 3)
 FROZEN = ("generator", "objective", "restoration", "batch_statistics", "initialization")
-LISTED = ("objective", "generator", "batch_statistics", "initialization", "restoration")  # as messages do
+UNTOLD = ("class_skew",)  # learned where a batch is skewed, which none of these is
+LISTED = ("objective", "generator", "batch_statistics", "initialization", "restoration", "class_skew")  # as messages do
 GATED = {**DEFAULT_PARTS, "update_gate": {"share": 0.5}}
 
 
@@ -134,7 +135,7 @@ def test_every_learned_tensor_belongs_to_one_part() -> None:
     policy = trainer_with(parts={**GATED, "pruning": "learned"}).policy
     names = [name for name, tensor in policy.named_parameters() if tensor.requires_grad]
     groups = learned_groups(policy)
-    assert set(groups) == {*FROZEN, "update_gate", "pruning"}
+    assert set(groups) == {*FROZEN, *UNTOLD, "update_gate", "pruning"}
     assert sorted(name for found in groups.values() for name in found) == sorted(names)
 
 
@@ -147,7 +148,7 @@ def test_every_learned_tensor_belongs_to_one_part() -> None:
         ),
         (("nothing",), r"meta.frozen names 'nothing'; allowed are"),
         (
-            FROZEN,
+            (*FROZEN, *UNTOLD),
             rf"meta.frozen=\[{','.join(LISTED)}\] leaves nothing to learn",
         ),
     ],
