@@ -111,6 +111,7 @@ def test_experts_stay_behind_and_the_norm_layers_alone_adapt(make: Callable[[], 
     found, notes = transferred(policy, make())
     assert "experts: left out, they belong to the other model's blocks" in notes
     assert found.part("experts") is None
+    found.prepare(make(), lambda: random_images(32))
     adapter = OnlineAdapter(make(), found)
     assert list(adapter.model.state_dict()) == list(adapter.source.state_dict()) and adapter.export_experts() == {}
     norms = (nn.BatchNorm2d, nn.LayerNorm)
