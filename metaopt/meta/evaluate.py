@@ -12,7 +12,7 @@ from metaopt.optimizers.update import InPlaceApply
 from metaopt.parameters import detached
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import State
-from metaopt.policy.step import adaptation_step
+from metaopt.policy.step import adaptation_step, evaluate_on
 from metaopt.types import Parameters
 
 
@@ -67,5 +67,9 @@ def deployed(
             )
         updates += policy.updates and output.updated
         if position > 0:
+            if output.loss is None and meta_loss.own_objective:  # not updated on, so nobody has weighed it yet
+                with torch.no_grad():
+                    met = first_position + position
+                    output = evaluate_on(policy, model, parameters, batch.images, state, met)
             losses.append(meta_loss(output, batch).detach())
     return Deployment(losses, updates, parameters, state)

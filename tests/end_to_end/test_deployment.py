@@ -63,7 +63,7 @@ def test_every_method_predicts_and_accounts_for_itself(workspace: Path, method: 
     assert online([*policy, f"method={method}", *TINY_STREAM, "out=out"]) == 0
     summary, rows = summary_of(workspace / "out"), table(workspace / "out/predictions.csv")
     assert list(summary) == SUMMARY
-    events = {"nonfinite": 0, "restored": 0, "anchored": 0} if method == "policy" else {"nonfinite": 0}
+    events = {"nonfinite": 0, "restored": 0, "anchored": 0, "skewed": 0} if method == "policy" else {"nonfinite": 0}
     assert (summary["method"], summary["images"], summary["guard_events"]) == (method, 40, events)
     assert [domain["name"] for domain in summary["domains"]] == ["fog", "contrast"]
     assert list(rows[0]) == ["index", "domain", "severity", "prediction", "confidence", "label"]
