@@ -12,8 +12,8 @@ pass is less sure,
     e = \exp\big(H(\bar p) - \mathrm{E}[H_n]\big) < 0.9,
 
 with mean entropies :math:`\bar H` of both passes' predictions, the batch is *skewed*: the cautious pass answers, no
-update is made, and the next batch is looked at too. The part remembers the statistics and the class shares :math:`\pi`
-of what it looked at in a domain; the more classes were there, the less need of caution:
+update is made, and each of the next ``every`` batches is looked at too. The part remembers the statistics and the class
+shares :math:`\pi` of what it looked at in a domain; the more classes were there, the less need of caution:
 :math:`g = (\sum_k \pi_k^2 - 1/C) / (1 - 1/C)`, with the present batch taken for one of the most frequent class. F, A
 and C: `metaopt.models.class_variation`. The scales s are learned. Networks without BatchNorm are never looked at.
 
@@ -51,6 +51,7 @@ class SkewState(NamedTuple):
 
     batches: Tensor  # since it began, ()
     skewed: Tensor  # whether the last look found it so, 0 or 1, ()
+    wary: Tensor  # batches from now on that are each looked at, ()
     shares: Tensor  # pi of the images looked at, (C,); empty before any
     moments: ChannelMoments  # of the same; their count is theirs
 
@@ -67,7 +68,7 @@ class Look(NamedTuple):
 class ClassSkewConfig:
     """When batches are looked at, and which are skewed."""
 
-    every: int = 8  # batches, while the classes are even
+    every: int = 8  # batches between two looks; behind a skewed one, batches that are each looked at
     evenness: float = 0.6  # e at which a batch is skewed where both passes are equally sure
     slope: float = (
         0.13  # by how much more sure, in shares of log C, the cautious pass has to be for an e that is larger by 1
@@ -128,7 +129,9 @@ class ClassSkew(Part):
         """Nothing yet."""
         like = next(iter(parameters.values())).detach()
         zero, empty = like.new_zeros(()), like.new_zeros(0)
-        return SkewState(zero, zero.clone(), empty, ChannelMoments(zero.clone(), empty.clone(), empty.clone()))
+        return SkewState(
+            zero, zero.clone(), zero.clone(), empty, ChannelMoments(zero.clone(), empty.clone(), empty.clone())
+        )
 
     def observe(self, context: StepContext) -> None:
         """Tell how much further apart batches lie than in a random order, where the last look found them skewed."""
@@ -139,7 +142,7 @@ class ClassSkew(Part):
         """Look at the batch where it is time to; above 0 where it is not skewed."""
         state = context.state[self.name]
         if "skewed" not in context.signals:
-            due = int(state.batches) % self.config.every == 0 or bool(state.skewed)
+            due = int(state.batches) % self.config.every == 0 or bool(state.wary)
             if self.layers and due:
                 context.notes[self.name] = look = self._look(context)
                 context.signals["skewed"] = state.skewed.new_tensor(float(look.skewed))
@@ -166,7 +169,7 @@ class ClassSkew(Part):
         """Remember what was seen."""
         state, look = context.state[self.name], context.notes.get(self.name)
         if look is None:
-            context.remember(self.name, state._replace(batches=state.batches + 1))
+            context.remember(self.name, state._replace(batches=state.batches + 1))  # wary of none: else it had looked
             return
         images, shares = len(context.images), look.logits.softmax(dim=1).mean(dim=0)
         before = _counted(state, images)
@@ -175,7 +178,8 @@ class ClassSkew(Part):
             moments = merged_moments(state.moments, look.moments, images, WINDOW)
         known = shares if state.shares.numel() == 0 else torch.lerp(state.shares, shares, images / (before + images))
         skewed = state.skewed.new_tensor(float(look.skewed))
-        context.remember(self.name, SkewState(state.batches + 1, skewed, known, moments))
+        wary = skewed.new_tensor(self.config.every) if look.skewed else (state.wary - 1).clamp_min(0)
+        context.remember(self.name, SkewState(state.batches + 1, skewed, wary, known, moments))
         if look.skewed:
             context.events.append("skewed")
 

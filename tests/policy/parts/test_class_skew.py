@@ -20,6 +20,7 @@ from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.parts.class_skew import (
     ClassSkew,
     ClassSkewConfig,
+    Look,
     SkewState,
     concentration,
     evenness,
@@ -217,6 +218,23 @@ def test_looks_are_rare_while_classes_are_even(monkeypatch: pytest.MonkeyPatch) 
     for seed in range(9):
         adapter(random_images(8, seed=seed))
     assert len(looked) == 3
+
+
+def test_behind_a_skewed_batch_each_of_the_next_ones_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[bool] = []
+    look = ClassSkew._look
+
+    def noted(self: ClassSkew, context: StepContext) -> Look:
+        found = look(self, context)
+        looked.append(found.skewed)
+        return found
+
+    monkeypatch.setattr(ClassSkew, "_look", noted)
+    adapter = OnlineAdapter(trained_model(), digits_policy(class_skew={"every": 4}))
+    for label in (3, None, None, 5, *[None] * 7):
+        adapter(digits(label)[0])
+    # The skewed first and fourth, four behind the fourth, then the next that is due by itself.
+    assert looked == [True, False, False, True, *[False] * 4, False]
 
 
 def test_class_changes_are_no_change_of_domain_while_batches_are_skewed() -> None:
