@@ -5,8 +5,8 @@ learn from them ruins it; and nothing that it predicts tells. So at a domain's f
 after it, the part looks with other eyes: the *cautious pass* has the source's own parameters, and BatchNorm statistics
 that are shrunk to the source's as far as a batch of one class differs from it without a shift
 (`metaopt.models.source_prior.Shrinkage`, :math:`V = s_1 F + s_2 A / n + s_3 C g`). Where the classes that it predicts,
-with mean shares :math:`\bar p`, are clearly fewer than as many images of even classes would show, or the policy's own
-pass is less sure,
+with mean shares :math:`\bar p`, are clearly fewer than as many images of even classes would show, or a pass of the
+policy's own, at its start, is less sure,
 
 .. math:: \frac{\bar H_{own} - \bar H_{cautious}}{\log C} > \mathrm{slope}\,(e - \mathrm{evenness}), \qquad
     e = \exp\big(H(\bar p) - \mathrm{E}[H_n]\big) < 0.9,
@@ -184,7 +184,7 @@ class ClassSkew(Part):
             context.events.append("skewed")
 
     def _look(self, context: StepContext) -> Look:
-        """One cautious pass, and where its classes are few, one of the policy's own to compare it with."""
+        """One cautious pass, and where its classes are few, one at the policy's start to compare it with."""
         moments: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
             logits = self._cautious(context, moments).logits
@@ -192,7 +192,8 @@ class ClassSkew(Part):
             if even >= EVEN:
                 return Look(logits, moments, False)
             condition(context)
-            own = context.forward().logits
+            # At the start: what adaptation has made surer of everything would win any comparison.
+            own = context.forward(parameters=context.start).logits
         surer = (mean_entropy(own) - mean_entropy(logits)) / math.log(logits.shape[1])
         return Look(logits, moments, surer > self.config.slope * (even - self.config.evenness))
 
