@@ -160,9 +160,9 @@ class SourcePrior(TorchFunctionMode):
         count, other_mean, other_variance = self._references[place]
         if count is not None:
             share = images / (images + count.to(mean))
-            apart = (mean - other_mean).square() * (share * (1 - share))
+            if self._shrinkage is not None:  # of both sets of images together
+                variance = variance + (1 - share) * (mean - other_mean).square()
             mean, variance = torch.lerp(other_mean, mean, share), torch.lerp(other_variance, variance, share)
-            variance = variance if self._shrinkage is None else variance + apart  # of both sets of images together
         if self._shrinkage is None:
             return mean, variance
         source_mean, source_variance = self._sources[place]
