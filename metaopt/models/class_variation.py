@@ -53,7 +53,8 @@ def class_variation(model: SourceModel, images: Tensor, batch_size: int = 64) ->
             def hook(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 if place not in seen:
                     seen.add(place)
-                    means[place].append(widened(inputs[0]).flatten(2).mean(dim=2) if inputs[0].ndim > 2 else inputs[0])
+                    x = widened(inputs[0])
+                    means[place].append(x.flatten(2).mean(dim=2) if x.ndim > 2 else x)
 
             return hook
 

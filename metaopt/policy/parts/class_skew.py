@@ -173,9 +173,7 @@ class ClassSkew(Part):
             return
         images, shares = len(context.images), look.logits.softmax(dim=1).mean(dim=0)
         before = _counted(state, images)
-        moments = state.moments._replace(count=before + images)
-        if look.moments:
-            moments = merged_moments(state.moments, look.moments, images, WINDOW)
+        moments = merged_moments(state.moments, look.moments, images, WINDOW)
         known = shares if state.shares.numel() == 0 else torch.lerp(state.shares, shares, images / (before + images))
         skewed = state.skewed.new_tensor(float(look.skewed))
         wary = skewed.new_tensor(self.config.every) if look.skewed else (state.wary - 1).clamp_min(0)
