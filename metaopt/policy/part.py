@@ -20,7 +20,7 @@ Every act takes the batch's :class:`metaopt.policy.step.StepContext` and changes
 class defines. Where two parts act at the same place, they do so in the order of the policy.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -158,6 +158,30 @@ class Part(nn.Module):
     def transferred(self, model: SourceModel) -> tuple[Self | None, str]:
         """The part for another model, and a few words on it; None where it stays behind."""
         return self, "as learned"
+
+
+class LayeredPart(Part):
+    """A part that has something of its own for each of some layers, which its file names.
+
+    Args:
+        config: its settings.
+        layers: names of the layers, in the model's order.
+    """
+
+    def __init__(self, config: Any = None, layers: Sequence[str] = ()) -> None:
+        super().__init__(config)
+        self.layers = tuple(layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and layers."""
+        return {**super().to_dict(), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`."""
+        if not isinstance(values["layers"], list) or not all(isinstance(name, str) for name in values["layers"]):
+            raise ValueError(f"the layers of {cls.name} are no list of names")
+        return cls(cls.settings_of(values), values["layers"])
 
 
 def settings(kind: type, values: Any, key: str) -> Any:

@@ -9,9 +9,9 @@ go by the source, the stream and themselves; and the stream's are what an export
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import ConfigError
 from metaopt.models import ChannelMoments, SourceModel, merged_moments, prior_layers, running_statistics
-from metaopt.policy.part import Part
+from metaopt.policy.part import LayeredPart
 from metaopt.policy.step import StepContext
 from metaopt.types import Parameters
 
@@ -48,7 +48,7 @@ class BatchStatisticsConfig:
             )
 
 
-class BatchStatistics(Part):
+class BatchStatistics(LayeredPart):
     """BatchNorm normalises by the batch, with the source's statistics as a prior of N images beside it.
 
     Args:
@@ -62,8 +62,7 @@ class BatchStatistics(Part):
     own_judge = "freeze"  # an objective can be had cheaply by other statistics
 
     def __init__(self, config: BatchStatisticsConfig | None = None, layers: Sequence[str] = ()) -> None:
-        super().__init__(config)
-        self.layers = tuple(layers)
+        super().__init__(config, layers)
         self.log_counts: nn.Parameter | None = None
         if self.layers and self.config.prior:
             self.log_counts = nn.Parameter(torch.full((len(self.layers),), math.log(self.config.prior)))
@@ -124,17 +123,6 @@ class BatchStatistics(Part):
     def direct(self) -> Iterable[Tensor]:
         """The counts act in the forward pass."""
         return self.parameters()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Settings and layers."""
-        return {**super().to_dict(), "layers": list(self.layers)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`."""
-        if not isinstance(values["layers"], list) or not all(isinstance(name, str) for name in values["layers"]):
-            raise ValueError("the layers of batch_statistics are no list of names")
-        return cls(cls.settings_of(values), values["layers"])
 
     def transferred(self, model: SourceModel) -> tuple[Self, str]:
         """The same prior on another model's layers: by depth, between neighbours linear in log N."""

@@ -23,7 +23,7 @@ with :math:`\rho` the share of classes in the variance of what the shift distanc
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -36,7 +36,7 @@ from metaopt.errors import ConfigError, check_positive, check_range
 from metaopt.models import ChannelMoments, Shrinkage, SourceModel, merged_moments, prior_layers
 from metaopt.models.class_variation import class_variation, variation
 from metaopt.parameters import adapted_layout, own_values
-from metaopt.policy.part import Part
+from metaopt.policy.part import LayeredPart
 from metaopt.policy.parts.shift_distance import image_statistics
 from metaopt.policy.step import StepContext, condition
 from metaopt.types import ForwardOutput, Parameters, StepOutput
@@ -84,7 +84,7 @@ class ClassSkewConfig:
         check_positive("class_skew.slope", self.slope, "0.13")
 
 
-class ClassSkew(Part):
+class ClassSkew(LayeredPart):
     """Batches of a few classes are told, answered with caution, and not learned from.
 
     Args:
@@ -98,8 +98,7 @@ class ClassSkew(Part):
     own_judge = "freeze"
 
     def __init__(self, config: ClassSkewConfig | None = None, layers: Sequence[str] = ()) -> None:
-        super().__init__(config)
-        self.layers = tuple(layers)
+        super().__init__(config, layers)
         self.register_buffer("variation", torch.full((3, len(self.layers)), -1.0))  # F, A and C
         self.register_buffer("correlation", torch.tensor(-1.0))  # rho
         self.log_scales = nn.Parameter(torch.tensor(SCALES).log()) if self.layers else None
@@ -237,17 +236,6 @@ class ClassSkew(Part):
     def not_exported(self, state: SkewState) -> str:
         """An exported network answers all batches alike."""
         return "class_skew, which answers batches of a few classes in another way"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Settings and layers."""
-        return {**super().to_dict(), "layers": list(self.layers)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`."""
-        if not isinstance(values["layers"], list) or not all(isinstance(name, str) for name in values["layers"]):
-            raise ValueError("the layers of class_skew are no list of names")
-        return cls(cls.settings_of(values), values["layers"])
 
     def transferred(self, model: SourceModel) -> tuple[Self, str]:
         """The same scales, with the variation of another model's layers to be taken anew."""
