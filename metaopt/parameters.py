@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metaopt.errors import ModelError
 from metaopt.norm_layers import affine_tensors, fixed_tensors, norm_kind
@@ -149,30 +148,42 @@ def call_with(
 
     As ``torch.func.functional_call``, but for ties: a tensor that several modules share is replaced in all of them, and
     in a module that goes by several names once. torch swaps that one under each name, and what it puts back last is
-    the stand-in.
+    the stand-in. And it takes one quick walk over the modules, where small networks would wait for names.
 
     Args:
         model: any module.
-        tensors: by a name of the parameter that each stands in for.
+        tensors: by a name of the parameter or buffer that each stands in for.
         args: of the forward pass.
         kwargs: of the forward pass.
+
+    Raises:
+        AttributeError: the model has none of that name.
     """
-    standing_in: dict[int, Tensor] = {}
-    sites: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-    for name, tensor in tensors.items():
-        owner, _, role = name.rpartition(".")
-        module = modules.get(owner)  # None: it goes by another name first
-        own = (model.get_submodule(owner) if module is None else module)._parameters.get(role)
-        if own is None:
-            sites[name] = tensor  # no parameter: as torch has it
-        else:
-            standing_in[id(own)] = tensor
-    for path, module in modules.items():
-        for role, own in module._parameters.items():
-            if id(own) in standing_in:
-                sites[f"{path}.{role}" if path else role] = standing_in[id(own)]
-    return functional_call(model, sites, args, dict(kwargs or {}), tie_weights=False)
+    standing_in = {id(own_tensor(model, name)): tensor for name, tensor in tensors.items()}
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in walked(model):
+        for table in (module._parameters, module._buffers):
+            for role, own in table.items():
+                if id(own) in standing_in:
+                    swapped.append((table, role, own))
+    try:
+        for table, role, own in swapped:
+            table[role] = standing_in[id(own)]
+        return model(*args, **(kwargs or {}))
+    finally:
+        for table, role, own in swapped:
+            table[role] = own
+
+
+def walked(model: nn.Module) -> list[nn.Module]:
+    """Each module of a model once, in any order: ``modules()`` without the names, whose making takes longer."""
+    found, seen = [model], {model}
+    for module in found:  # which grows
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 def own_tensor(model: nn.Module, name: str) -> Tensor:
@@ -181,8 +192,15 @@ def own_tensor(model: nn.Module, name: str) -> Tensor:
     Raises:
         AttributeError: there is none.
     """
-    owner, _, role = name.rpartition(".")
-    found = getattr(model.get_submodule(owner), role)
+    *path, role = name.split(".")
+    owner: nn.Module | None = model
+    for child in path:
+        owner = None if owner is None else owner._modules.get(child)
+    if owner is None:
+        raise AttributeError(f"{type(model).__name__} has no module {'.'.join(path)}")
+    found = owner._parameters.get(role)
+    if found is None:
+        found = getattr(owner, role)
     assert isinstance(found, Tensor)
     return found
 

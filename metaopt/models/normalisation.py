@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.errors import DataError, ModelError
 from metaopt.models.source_prior import ChannelMoments, Recorded, Shrinkage, SourcePrior, recording_hooks
+from metaopt.parameters import walked
 from metaopt.types import HALF
 
 
@@ -26,8 +27,9 @@ def by_batch(
     the duration, which also guards them from NaN batches, and come back in any case. Of a single image layers may need
     them, and in half precision torch would round what it takes.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)] if enabled else []
-    if layers and any(getattr(part, "grad_checkpointing", False) for part in module.modules()):
+    modules = walked(module) if enabled else []
+    layers = [layer for layer in modules if isinstance(layer, _BatchNorm)]
+    if layers and any(getattr(part, "grad_checkpointing", False) for part in modules):
         raise ModelError(
             f"{type(module).__name__} has grad_checkpointing on, whose recomputation would miss the batch statistics; "
             "allowed is off with BatchNorm: call set_grad_checkpointing(False)"

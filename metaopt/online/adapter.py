@@ -123,7 +123,8 @@ class OnlineAdapter:
     @property
     def warnings(self) -> list[str]:
         """What the stream so far does not seem to be, a line each: see :mod:`metaopt.online.stream_watch`."""
-        return list(self.watch.found.values())
+        with self._lock:
+            return list(self.watch.found.values())
 
     @property
     def position(self) -> int:

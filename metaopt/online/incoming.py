@@ -79,8 +79,8 @@ def intact_images(images: Tensor) -> Tensor | None:
     Raises:
         DataError: most of the images are scaled otherwise: bytes as floats, or normalised already.
     """
-    least, most = images.aminmax()  # NaN goes through, and is no number in the range
-    if bool((least >= -SLACK) & (most <= 1 + SLACK)):
+    least, most = torch.stack(images.aminmax()).tolist()  # NaN goes through, and is no number in the range
+    if least >= -SLACK and most <= 1 + SLACK:
         return None
     low, high = images.flatten(1).aminmax(dim=1)  # (B,)
     intact = (low >= -SLACK) & (high <= 1 + SLACK)

@@ -20,6 +20,7 @@ normalised by a batch of one class, a network spreads its predictions over all. 
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,7 @@ EVEN_BATCHES, EVEN_IMAGES = 4, 40  # images of each class
 SORTED, NEIGHBOURS = 1.3, 20
 COMPARED = 40  # images at least on either side: counts of a few differ for no reason
 KEPT = 0.8  # share of the differences that count, the smallest ones
+TOGETHER = 8  # batches are judged together, for it takes a small network's step longer than it should
 SMALL = 0.25  # of the batch size in meta-training
 
 LOGGER = logging.getLogger("metaopt")
@@ -52,7 +54,8 @@ class StreamWatch:
 
     def clear(self) -> None:
         """Another stream: what was seen and told so far is forgotten."""
-        self.found: dict[str, str] = {}  # warnings so far, by what they are of
+        self._found: dict[str, str] = {}
+        self._unseen: list[Tensor] = []  # counts of the latest batches
         self._counts = torch.zeros(self.classes, dtype=torch.float64)
         self._batches = self._small = 0
         self._last: Tensor | None = None  # counts of the batch before, or of the batches
@@ -61,27 +64,45 @@ class StreamWatch:
 
     def reset(self) -> None:
         """The next batch is no neighbour of the last one; all else goes on."""
+        self._catch_up()
         self._last = self._open = None
 
     def see(self, logits: Tensor) -> None:
         """Take in the predictions on a batch, (B, C); one that is not finite counts for nothing."""
         if not bool(torch.isfinite(logits).all()):
             return
-        counts = torch.bincount(logits.argmax(dim=1), minlength=logits.shape[1]).double().cpu()
+        self._unseen.append(torch.bincount(logits.argmax(dim=1), minlength=logits.shape[1]))
+        if len(self._unseen) == TOGETHER:
+            self._catch_up()
+
+    @property
+    def found(self) -> dict[str, str]:
+        """Warnings so far, by what they are of."""
+        self._catch_up()
+        return self._found
+
+    def _catch_up(self) -> None:
+        """Judge the latest batches, one after the other."""
+        unseen, self._unseen = self._unseen, []
+        for counts in torch.stack(unseen).double().cpu() if unseen else ():
+            self._take(counts)
+
+    def _take(self, counts: Tensor) -> None:
+        images = int(counts.sum())
         self._batches, self._counts = self._batches + 1, self._counts + counts
         self._open = counts if self._open is None else self._open + counts
         if int(self._open.sum()) >= COMPARED:
             if self._last is not None:
                 self._ratios.append(two_sample_ratio(self._last, self._open))
             self._last, self._open = self._open, None
-        self._judge_size(len(logits))
+        self._judge_size(images)
         self._judge_evenness()
         self._judge_order()
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen and told so far, as tensors and primitives."""
         return {
-            "found": dict(self.found),
+            "found": dict(self.found),  # first: it catches up
             "counts": self._counts.clone(),
             "batches": self._batches,
             "small": self._small,
@@ -92,7 +113,7 @@ class StreamWatch:
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self.found = {str(key): str(text) for key, text in values["found"].items()}
+        self._found, self._unseen = {str(key): str(text) for key, text in values["found"].items()}, []
         self._counts = values["counts"].clone()
         self._batches, self._small = int(values["batches"]), int(values["small"])
         self._last, self._open = (values[k].clone() if values[k].numel() > 0 else None for k in ("last", "open"))
@@ -109,8 +130,10 @@ class StreamWatch:
             )
 
     def _judge_evenness(self) -> None:
+        if not self.batch_statistics or self._batches < EVEN_BATCHES or "classes" in self._found:
+            return
         images, classes = int(self._counts.sum()), len(self._counts)
-        if not self.batch_statistics or self._batches < EVEN_BATCHES or images < EVEN_IMAGES * classes:
+        if images < EVEN_IMAGES * classes:
             return
         effective = float(torch.special.entr(self._counts / images).sum().exp())
         if effective < EVEN * classes:
@@ -132,15 +155,17 @@ class StreamWatch:
             )
 
     def _warn(self, key: str, text: str) -> None:
-        if key not in self.found:
-            self.found[key] = text
+        if key not in self._found:
+            self._found[key] = text
             LOGGER.warning(text)
 
 
 def two_sample_ratio(first: Tensor, second: Tensor) -> float:
     r"""The two-sample :math:`\chi^2` of counts, (C,) each, over its degrees of freedom; 1 where nothing can differ."""
-    ratio = (second.sum() / first.sum()).sqrt()
-    met = first + second > 0
-    terms = (ratio * first - second / ratio)[met].square() / (first + second)[met]
-    freedom = int(met.sum()) - 1
-    return float(terms.sum()) / freedom if freedom > 0 else 1.0
+    one, other = first.numpy(), second.numpy()  # a dozen small operations a batch, which torch takes longer for
+    together = one + other
+    met = together > 0
+    one, other, together = one[met], other[met], together[met]
+    ratio = math.sqrt(other.sum() / one.sum())
+    freedom = len(together) - 1
+    return float(((ratio * one - other / ratio) ** 2 / together).sum()) / freedom if freedom > 0 else 1.0
