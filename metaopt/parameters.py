@@ -164,7 +164,7 @@ def call_with(
     for module in walked(model):
         for table in (module._parameters, module._buffers):
             for role, own in table.items():
-                if id(own) in standing_in:
+                if own is not None and id(own) in standing_in:
                     swapped.append((table, role, own))
     try:
         for table, role, own in swapped:
