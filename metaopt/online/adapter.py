@@ -113,7 +113,8 @@ class OnlineAdapter:
         self.steps = 0  # batches seen since creation or reset, but for those without an intact image
         self.updates = 0  # of these, updated on
         normalises = self.policy.part("batch_statistics") is not None and bool(prior_layers(self.model.module))
-        self.watch = StreamWatch(self.model.num_classes, self.policy.batch_size, normalises)
+        handled = normalises and self.policy.part("class_skew") is not None
+        self.watch = StreamWatch(self.model.num_classes, self.policy.batch_size, normalises, handled)
         self.start: Parameters  # where adaptation starts
         self.parameters: Parameters
         self.state: State

@@ -36,6 +36,9 @@ KEPT = 0.8  # share of the differences that count, the smallest ones
 TOGETHER = 8  # batches are judged together, for it takes a small network's step longer than it should
 SMALL = 0.25  # of the batch size in meta-training
 
+MISLED = "which misleads batch statistics, class_balance and diversity"
+HANDLED = "so class_skew answers its batches near the source, and little is learned of them"
+
 LOGGER = logging.getLogger("metaopt")
 
 
@@ -46,10 +49,12 @@ class StreamWatch:
         classes: C.
         trained_batch: images of a batch in meta-training; None: unknown.
         batch_statistics: whether the method normalises by the batch.
+        handled: whether it tells batches of a few classes itself.
     """
 
-    def __init__(self, classes: int, trained_batch: int | None, batch_statistics: bool) -> None:
+    def __init__(self, classes: int, trained_batch: int | None, batch_statistics: bool, handled: bool = False) -> None:
         self.classes, self.trained_batch, self.batch_statistics = classes, trained_batch, batch_statistics
+        self.handled = handled
         self.clear()
 
     def clear(self) -> None:
@@ -140,7 +145,7 @@ class StreamWatch:
             self._warn(
                 "classes",
                 f"{images} predictions look like {effective:.1f} of {classes} classes: those of the stream seem "
-                "unbalanced, or the shift favours some; class_balance and diversity take them for balanced",
+                "unbalanced, or the shift favours some; diversity and class_balance take them for balanced",
             )
 
     def _judge_order(self) -> None:
@@ -151,7 +156,7 @@ class StreamWatch:
             self._warn(
                 "order",
                 "predicted classes differ between batches by more than chance allows: the stream seems sorted by "
-                "class, which misleads batch statistics, class_balance and diversity; shuffle it if you can",
+                f"class, {HANDLED if self.handled else MISLED}; shuffle it if you can",
             )
 
     def _warn(self, key: str, text: str) -> None:

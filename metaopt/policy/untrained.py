@@ -20,7 +20,6 @@ DEFAULT_PARTS: Mapping[str, Any] = {
     "restoration": True,
     "weight_ensembling": {"momentum": 0.875, "after": 8, "forget": 8},  # updates: meta-training unrolls 8 by default
     "class_skew": True,
-    "class_balance": True,
 }
 """Parts of a policy that is meta-trained by default, with their settings."""
 

@@ -61,7 +61,7 @@ def test_what_cannot_be_exported_is_said() -> None:
     assert any("no batch was met" in words for words in adapter.not_exported)
     adapter(BATCHES[0])
     said = " ".join(adapter.not_exported)
-    assert "each batch's own statistics" in said and "class_balance" in said
+    assert "each batch's own statistics" in said and "class_skew" in said
     assert new_adapter("source").not_exported == ()
 
 

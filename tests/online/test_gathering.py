@@ -50,7 +50,6 @@ def test_waiting_batches_are_answered_by_what_was_learned_so_far(method: str) ->
 def test_a_few_images_go_by_the_statistics_of_source_and_stream() -> None:
     """One image of a stream is normalised as the network exported there would, nearly: it counts for one in 25."""
     policy = default_policy()
-    del policy.parts["class_balance"]
     adapter = OnlineAdapter(tiny_model(), policy, gather=8)
     run(adapter, BATCHES[:1])
     image = BATCHES[1][:1]

@@ -60,6 +60,10 @@ def test_a_stream_sorted_by_class_is_told_and_a_shift_is_not() -> None:
     each = [predictions([5.0 if c == k else 0.3 for c in range(CLASSES)], 2, k) for k in range(CLASSES)]
     assert "order" not in warned([logits for pair in each for logits in pair])  # 19 differences
     assert "order" in warned([logits for pair in [*each, *each] for logits in pair])
+    watch = StreamWatch(CLASSES, None, True, handled=True)
+    for logits in [logits for pair in [*each, *each] for logits in pair]:
+        watch.see(logits)
+    assert "class_skew answers" in watch.found["order"]
     shifted = [*predictions(EVEN, 15), *predictions([5.0, *[0.3] * 9], 15)]
     assert "order" not in warned(shifted)
 
