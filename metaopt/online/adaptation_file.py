@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from metaopt.errors import CheckpointError
 from metaopt.files import atomic_save, is_finite, safe_load, says
+from metaopt.online.compute_dial import ComputeDial
 from metaopt.optimizers.update import NONFINITE
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.fingerprint import policy_sha256
@@ -35,6 +36,7 @@ class Adaptation(NamedTuple):
     waiting: Tensor | None  # images that wait for an update
     least: int  # that one is made on
     seed: int  # of augmented views
+    dial: Mapping[str, Any]  # what the compute dial remembers
 
 
 def adaptation_to_dict(adaptation: Adaptation, policy: AdaptationPolicy) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def adaptation_to_dict(adaptation: Adaptation, policy: AdaptationPolicy) -> dict
         "least": adaptation.least,
         "seed": adaptation.seed,
         "events": dict(adaptation.events),
+        "dial": dict(adaptation.dial),
     }
 
 
@@ -148,6 +151,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
     for key in ("steps", "updates", "least", "seed"):
         if not _is_count(values[key]):
             raise ValueError(f"its {key} is {values[key]!r:.80}, no count")
+    ComputeDial().load_state_dict(values.get("dial", ComputeDial().state_dict()))  # older files have none
     steps, updates, events = values["steps"], values["updates"], values["events"]
     if not isinstance(events, dict) or not all(isinstance(n, str) and _is_count(c) for n, c in events.items()):
         raise ValueError(f"its events are {events!r:.80}, no counts by name")
@@ -194,6 +198,7 @@ def _fitting(
         waiting,
         max(1, values["least"]),
         values["seed"],
+        dict(values.get("dial", ComputeDial().state_dict())),
     )
 
 

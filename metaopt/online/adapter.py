@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -24,6 +25,7 @@ from metaopt.online.adaptation_file import (
     write_adaptation,
 )
 from metaopt.online.compiling import compile_network
+from metaopt.online.compute_dial import RESTED, dial_of, holds_nothing
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.frozen import FrozenAdapter, frozen_here
 from metaopt.online.gathering import WAITING, Gathering
@@ -63,7 +65,10 @@ class OnlineAdapter:
             of it, on the model's device and in its type, float32 at least.
         memory: ``dense``: activations are kept as torch keeps them; ``exact``, ``compact`` or ``pruned``: see
             :mod:`metaopt.activation_memory.engine`.
-        budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
+        budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``). 0: nothing is
+            held, whatever ``memory`` says, as with ``compute=1``.
+        compute: forward passes that a batch costs in the mean, counted (`metaopt.online.compute_dial`), from 1, forward
+            passes alone, to any number; None: as many as the method takes.
         profiles: what dry runs tell of the model, shared among adapters of one model and objective; None: its own.
         gather: images that an update is made on at least; None: half of a batch of the policy's meta-training, and 1
             for a method without.
@@ -74,8 +79,8 @@ class OnlineAdapter:
     Raises:
         CheckpointError: the policy was trained on another model.
         ModelError: the model has no normalisation layer that can adapt, or no place for the method's experts.
-        ConfigError: memory and budget do not go together, or model or policy are of another type; a step raises it
-            where the budget is too small for the batch.
+        ConfigError: memory and budget do not go together, compute is below 1 or asked of a method that never updates,
+            or model or policy are of another type; a step raises it where the budget is too small for the batch.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class OnlineAdapter:
         *,
         memory: str = "dense",
         budget_mib: float | None = None,
+        compute: float | None = None,
         profiles: Profiles | None = None,
         compile: bool = False,
         gather: int | None = None,
@@ -99,7 +105,10 @@ class OnlineAdapter:
         self.layout = policy.layout(self.model)
         reference = next(iter(self._own_values().values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
-        config, pruning = MemoryConfig(memory, budget_mib), self.policy.part("pruning") or Pruning()
+        self.dial = dial_of(policy, compute, budget_mib)
+        config = MemoryConfig(memory, None if holds_nothing(budget_mib) else budget_mib)
+        config = MemoryConfig() if self.dial.forward_only else config
+        pruning = self.policy.part("pruning") or Pruning()
         if config.chooses:
             self.policy.parts["pruning"] = pruning
         elif "pruning" in self.policy.parts:  # with nothing to choose, nothing is remembered of the layers either
@@ -107,7 +116,8 @@ class OnlineAdapter:
         self.memory = ActivationMemory(config, pruning.allocation, profiles)
         if compile:
             compile_network(self.model, self.policy.objective, self.memory.config.memory)
-        self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, is_finite)
+        rule, dial = self.policy.rule, self.dial
+        self.apply = None if rule is None else InPlaceApply(rule, is_finite, lambda: dial.length)
         self.events: Counter[str] = Counter()  # batches on which something out of the ordinary was done, by its name
         self.gathering = Gathering.of(self.policy) if gather is None else Gathering(gather)
         self.steps = 0  # batches seen since creation or reset, but for those without an intact image
@@ -141,9 +151,14 @@ class OnlineAdapter:
                 self.state = copied_state(self.policy.init(self.parameters))
             self.steps = self.updates = 0
             self.gathering.reset()
+            self.dial.reset()
             self.watch.reset()
             self.events.clear()
-            names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
+            names = (
+                NONFINITE,
+                *([RESTED] if self.dial.limits else []),
+                *(event for part in self.policy.listed for event in part.events),
+            )
             self.events.update({name: 0 for name in names})
 
     def _own_values(self) -> Parameters:
@@ -193,20 +208,23 @@ class OnlineAdapter:
         """The output on intact images, (B, C, H, W), and what is learned of them; detached."""
         arguments = self.policy, self.model, self.parameters
         gathered = None if frozen is not None else self.gathering.add(images)
-        with torch.set_grad_enabled(gathered is not None and self.apply is not None):
+        learns = self.apply is not None and not self.dial.forward_only
+        with torch.set_grad_enabled(gathered is not None and learns):
             if frozen is not None and frozen.as_exported:
                 output = StepOutput(run_network(self.model, self._exported(), images, {}).logits, updated=False)
             elif frozen is not None:
                 few = len(images) < self.gathering.least
                 output = replace(evaluate_on(*arguments, images, self.state, self.position, few), updated=False)
             elif gathered is None:
-                output = replace(predict_on(*arguments, images, self.state), events=(WAITING,))
+                self.state, output = predict_on(*arguments, images, self.state, remember=self.dial.limits)
+                output = replace(output, events=(WAITING,))
             else:
                 output = self._adapted(gathered, len(images))
         logits = output.logits.detach()[-len(images) :]  # those before were answered when they came
         if frozen is None:
             self.steps += 1
             self.updates += output.updated
+            self.dial.take(len(images), output.passes, 0 if gathered is None else len(gathered), output.updated)
             self.watch.see(logits)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
@@ -215,10 +233,17 @@ class OnlineAdapter:
     def _adapted(self, gathered: Tensor, own: int) -> StepOutput:
         """The output on gathered images, the last ``own`` of them new, and an update; on fewer where a budget asks."""
         memory = None if self.memory.config.memory == "dense" else self.memory
+        limits = self.dial.limits
         while True:
             arguments = self.policy, self.model, self.parameters, self.state, gathered, self.apply, self.position
             try:
-                self.parameters, self.state, output = adaptation_step(*arguments, memory, self.start)
+                self.parameters, self.state, output = adaptation_step(
+                    *arguments,
+                    memory,
+                    self.start,
+                    allow=partial(self.dial.allows, own=own) if limits else None,
+                    answered=len(gathered) - own if limits else 0,
+                )
                 return output
             except BudgetError:
                 if len(gathered) <= own:
@@ -232,7 +257,7 @@ class OnlineAdapter:
             images: (B, 3, H, W) in [0, 1].
         """
         images = as_images(images, self.model.mean)
-        if self.apply is not None:
+        if self.apply is not None and not self.dial.forward_only:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
 
     def look(self, images: Tensor) -> None:
@@ -329,7 +354,8 @@ class OnlineAdapter:
     def _adaptation(self) -> Adaptation:
         gathering, seed = self.gathering, self.policy.seed
         counts = self.steps, self.updates, self.events
-        return Adaptation(self.parameters, self.state, *counts, gathering.waiting, gathering.least, seed)
+        dial = self.dial.state_dict()
+        return Adaptation(self.parameters, self.state, *counts, gathering.waiting, gathering.least, seed, dial)
 
     def _go_on(self, found: Adaptation) -> None:
         with self._lock:
@@ -337,5 +363,6 @@ class OnlineAdapter:
             self.state, self.steps, self.updates = found.state, found.steps, found.updates
             self.gathering.waiting, self.gathering.least = found.waiting, found.least
             self.policy.seed = found.seed
+            self.dial.load_state_dict(found.dial)
             self.events.clear()
             self.events.update(found.events)
