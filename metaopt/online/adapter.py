@@ -243,6 +243,7 @@ class OnlineAdapter:
                     self.start,
                     allow=partial(self.dial.allows, own=own) if limits else None,
                     answered=len(gathered) - own if limits else 0,
+                    frugal=self.dial.frugal,
                 )
                 return output
             except BudgetError:

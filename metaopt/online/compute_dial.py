@@ -26,7 +26,7 @@ from metaopt.errors import ConfigError, check_range
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.step import DIFFERENTIATED, StepContext
 
-AHEAD = 8  # batches of a domain whose compute may be spent at its beginning
+AHEAD = 10  # batches of a domain whose compute may be spent at its beginning
 LONGEST = 2.5  # times the rule's own step
 RESTED = "rested"  # event: not updated on, for an update was not paid for
 
@@ -65,6 +65,11 @@ class ComputeDial:
     def forward_only(self) -> bool:
         """Whether no update is ever made."""
         return self.compute == 1
+
+    @property
+    def frugal(self) -> bool:
+        """Whether passes are to be saved: at less than an update and a look on every batch."""
+        return self.compute is not None and self.compute < self.price + 1
 
     @property
     def mean(self) -> float | None:

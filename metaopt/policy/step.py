@@ -47,6 +47,7 @@ class StepContext:
     opened: bool = True  # whether the update gate let it through, where there is one
     refused: bool = False  # whether a part found nothing in the batch to learn from
     begun: bool = False  # whether rule and parts have forgotten what was before: another domain
+    frugal: bool = False  # whether passes are to be saved: looks go by some of the images
     passes: list[float] = field(default_factory=list)  # of the network so far, counted for each image
     autocast: Autocast = nullcontext  # what the network runs within
 
@@ -97,6 +98,7 @@ def adaptation_step(
     start: Parameters | None = None,
     allow: Callable[[StepContext], bool] | None = None,
     answered: int = 0,
+    frugal: bool = False,
 ) -> tuple[Parameters, State, StepOutput]:
     """Predict on a batch, then update on it.
 
@@ -114,12 +116,15 @@ def adaptation_step(
         start: where adaptation starts, if it is known already.
         allow: asked last whether the batch may be updated on, once it is known what it is like; None: it may.
         answered: images of the batch, its first, that need no answer where it is not updated on.
+        frugal: whether looks at the batch go by some of its images.
 
     Returns:
         Parameters and state after this batch, and the predictions made *before* the update.
     """
     with network_alone_autocasts(images.device.type) as autocast:
-        context = StepContext(policy, model, parameters, state, images, position, start, autocast=autocast)
+        context = StepContext(
+            policy, model, parameters, state, images, position, start, frugal=frugal, autocast=autocast
+        )
         parameters, state, output = _stepped(context, apply, memory, allow, answered)
         return parameters, state, replace(output, passes=sum(context.passes))
 
