@@ -134,7 +134,8 @@ class OnlineSettings(Common):
         self.stream = settings_of(self.stream)
         check_range("snapshot_every", self.snapshot_every, 0, example="200")
         self.memory = check_memory(self.memory, self.budget_mib)
-        ComputeDial(self.compute)  # checks it
+        if self.compute is not None:
+            ComputeDial(self.compute)  # checks it
         check_range("batch_size", self.batch_size, 1, example="64")
         if self.gather is not None:
             check_range("gather", self.gather, 1, example="32")

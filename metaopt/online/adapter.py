@@ -25,7 +25,7 @@ from metaopt.online.adaptation_file import (
     write_adaptation,
 )
 from metaopt.online.compiling import compile_network
-from metaopt.online.compute_dial import RESTED, dial_of, holds_nothing
+from metaopt.online.compute_dial import RESTED, ComputeDial, dial_of, holds_nothing
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.frozen import FrozenAdapter, frozen_here
 from metaopt.online.gathering import WAITING, Gathering
@@ -107,7 +107,7 @@ class OnlineAdapter:
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
         self.dial = dial_of(policy, compute, budget_mib)
         config = MemoryConfig(memory, None if holds_nothing(budget_mib) else budget_mib)
-        config = MemoryConfig() if self.dial.forward_only else config
+        config = MemoryConfig() if self._forward_only else config
         pruning = self.policy.part("pruning") or Pruning()
         if config.chooses:
             self.policy.parts["pruning"] = pruning
@@ -117,11 +117,13 @@ class OnlineAdapter:
         if compile:
             compile_network(self.model, self.policy.objective, self.memory.config.memory)
         rule, dial = self.policy.rule, self.dial
-        self.apply = None if rule is None else InPlaceApply(rule, is_finite, lambda: dial.length)
+        length = None if dial is None else lambda: dial.length
+        self.apply = None if rule is None else InPlaceApply(rule, is_finite, length)
         self.events: Counter[str] = Counter()  # batches on which something out of the ordinary was done, by its name
         self.gathering = Gathering.of(self.policy) if gather is None else Gathering(gather)
         self.steps = 0  # batches seen since creation or reset, but for those without an intact image
         self.updates = 0  # of these, updated on
+        self.passes, self.images = 0.0, 0  # passes of the network, counted for each image, and images answered
         normalises = self.policy.part("batch_statistics") is not None and bool(prior_layers(self.model.module))
         self.watch = StreamWatch(self.model.num_classes, self.policy.batch_size, normalises)
         self.start: Parameters  # where adaptation starts
@@ -141,6 +143,15 @@ class OnlineAdapter:
         """Batches met, those aside that were not finite or wait: what augmented views are drawn from."""
         return self.steps - self.events[NONFINITE] - self.events[WAITING]
 
+    @property
+    def mean_forwards(self) -> float | None:
+        """Forward passes a batch so far, as `metaopt.online.compute_dial` counts them; None before any."""
+        return self.passes / self.images if self.images else None
+
+    @property
+    def _forward_only(self) -> bool:
+        return self.dial is not None and self.dial.forward_only
+
     def reset(self) -> None:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
         with self._lock:
@@ -150,13 +161,15 @@ class OnlineAdapter:
                 self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
                 self.state = copied_state(self.policy.init(self.parameters))
             self.steps = self.updates = 0
+            self.passes, self.images = 0.0, 0
             self.gathering.reset()
-            self.dial.reset()
+            if self.dial is not None:
+                self.dial.reset()
             self.watch.reset()
             self.events.clear()
             names = (
                 NONFINITE,
-                *([RESTED] if self.dial.limits else []),
+                *([] if self.dial is None else [RESTED]),
                 *(event for part in self.policy.listed for event in part.events),
             )
             self.events.update({name: 0 for name in names})
@@ -208,7 +221,7 @@ class OnlineAdapter:
         """The output on intact images, (B, C, H, W), and what is learned of them; detached."""
         arguments = self.policy, self.model, self.parameters
         gathered = None if frozen is not None else self.gathering.add(images)
-        learns = self.apply is not None and not self.dial.forward_only
+        learns = self.apply is not None and not self._forward_only
         with torch.set_grad_enabled(gathered is not None and learns):
             if frozen is not None and frozen.as_exported:
                 output = StepOutput(run_network(self.model, self._exported(), images, {}).logits, updated=False)
@@ -216,7 +229,7 @@ class OnlineAdapter:
                 few = len(images) < self.gathering.least
                 output = replace(evaluate_on(*arguments, images, self.state, self.position, few), updated=False)
             elif gathered is None:
-                self.state, output = predict_on(*arguments, images, self.state, remember=self.dial.limits)
+                self.state, output = predict_on(*arguments, images, self.state, remember=self.dial is not None)
                 output = replace(output, events=(WAITING,))
             else:
                 output = self._adapted(gathered, len(images))
@@ -224,7 +237,9 @@ class OnlineAdapter:
         if frozen is None:
             self.steps += 1
             self.updates += output.updated
-            self.dial.take(len(images), output.passes, 0 if gathered is None else len(gathered), output.updated)
+            self.passes, self.images = self.passes + output.passes, self.images + len(images)
+            if self.dial is not None:
+                self.dial.take(len(images), output.passes, 0 if gathered is None else len(gathered), output.updated)
             self.watch.see(logits)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
@@ -233,23 +248,20 @@ class OnlineAdapter:
     def _adapted(self, gathered: Tensor, own: int) -> StepOutput:
         """The output on gathered images, the last ``own`` of them new, and an update; on fewer where a budget asks."""
         memory = None if self.memory.config.memory == "dense" else self.memory
-        limits = self.dial.limits
         while True:
             arguments = self.policy, self.model, self.parameters, self.state, gathered, self.apply, self.position
             try:
-                self.parameters, self.state, output = adaptation_step(
-                    *arguments,
-                    memory,
-                    self.start,
-                    allow=partial(self.dial.allows, own=own) if limits else None,
-                    answered=len(gathered) - own if limits else 0,
-                    frugal=self.dial.frugal,
-                )
+                limits = {} if self.dial is None else self._limits(self.dial, len(gathered), own)
+                self.parameters, self.state, output = adaptation_step(*arguments, memory, self.start, **limits)
                 return output
             except BudgetError:
                 if len(gathered) <= own:
                     raise
                 gathered = self.gathering.fewer(gathered, own)
+
+    def _limits(self, dial: ComputeDial, images: int, own: int) -> dict[str, Any]:
+        """What a dial tells a step on so many images, of which its own had no answer before."""
+        return {"allow": partial(dial.allows, own=own), "answered": images - own, "frugal": dial.frugal}
 
     def prepare(self, images: Images) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.
@@ -258,7 +270,7 @@ class OnlineAdapter:
             images: (B, 3, H, W) in [0, 1].
         """
         images = as_images(images, self.model.mean)
-        if self.apply is not None and not self.dial.forward_only:
+        if self.apply is not None and not self._forward_only:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
 
     def look(self, images: Tensor) -> None:
@@ -355,8 +367,8 @@ class OnlineAdapter:
     def _adaptation(self) -> Adaptation:
         gathering, seed = self.gathering, self.policy.seed
         counts = self.steps, self.updates, self.events
-        dial = self.dial.state_dict()
-        return Adaptation(self.parameters, self.state, *counts, gathering.waiting, gathering.least, seed, dial)
+        cost = self.passes, self.images, None if self.dial is None else self.dial.state_dict()
+        return Adaptation(self.parameters, self.state, *counts, gathering.waiting, gathering.least, seed, *cost)
 
     def _go_on(self, found: Adaptation) -> None:
         with self._lock:
@@ -364,6 +376,9 @@ class OnlineAdapter:
             self.state, self.steps, self.updates = found.state, found.steps, found.updates
             self.gathering.waiting, self.gathering.least = found.waiting, found.least
             self.policy.seed = found.seed
-            self.dial.load_state_dict(found.dial)
+            self.passes, self.images = found.passes, found.images
+            if self.dial is not None:
+                self.dial.reset()
+                self.dial.load_state_dict(self.dial.state_dict() if found.dial is None else found.dial)
             self.events.clear()
             self.events.update(found.events)

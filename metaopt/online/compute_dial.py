@@ -32,34 +32,26 @@ RESTED = "rested"  # event: not updated on, for an update was not paid for
 
 
 class ComputeDial:
-    """Counts what a stream has cost, and says which batches may be updated on.
+    """Says which batches of a stream may be updated on.
 
     Args:
-        compute: forward passes a batch in the mean; 1: forward passes alone; None: as many as the method takes.
+        compute: forward passes a batch in the mean; 1: forward passes alone.
 
     Raises:
         ConfigError: fewer than 1, or no finite number.
     """
 
-    def __init__(self, compute: float | None = None) -> None:
-        if compute is not None:
-            check_range("compute", compute, 1, example="1.3")
+    def __init__(self, compute: float) -> None:
+        check_range("compute", compute, 1, example="1.3")
         self.compute = compute
         self.reset()
 
     def reset(self) -> None:
         """As before the first batch."""
-        self.passes = 0.0  # so far, counted for each image
-        self.images = 0
         self.saved = 0.0  # what the bucket holds, in passes of single images; below 0: a loan
-        self.price = DIFFERENTIATED  # of an update, the prediction included, in passes of its batch; the latest one's
+        self.price = DIFFERENTIATED  # of an update, the prediction included, in passes of its batch: the latest one's
         self.age = 0  # batches since the domain began
-        self._met = 0.0, 0  # passes and images of the batch that was allowed an update
-
-    @property
-    def limits(self) -> bool:
-        """Whether it is turned on."""
-        return self.compute is not None
+        self._allowed = 0.0, 0  # passes before the update, and images of it, while one is under way
 
     @property
     def forward_only(self) -> bool:
@@ -67,21 +59,19 @@ class ComputeDial:
         return self.compute == 1
 
     @property
-    def frugal(self) -> bool:
-        """Whether passes are to be saved: at less than an update and a look on every batch."""
-        return self.compute is not None and self.compute < self.price + 1
-
-    @property
-    def mean(self) -> float | None:
-        """Forward passes a batch so far, counted; None before any."""
-        return self.passes / self.images if self.images else None
-
-    @property
     def length(self) -> float:
         """Of an update, as a multiple of the rule's own."""
-        if self.compute is None or self.forward_only:
-            return 1.0
-        return min(max(1.0, math.sqrt((self.price - 1) / (self.compute - 1))), LONGEST)
+        return 1.0 if self.forward_only else min(max(1.0, self._every**0.5), LONGEST)
+
+    @property
+    def frugal(self) -> bool:
+        """Whether passes are to be saved: at less than an update and a look on every batch."""
+        return self.compute < self.price + 1
+
+    @property
+    def _every(self) -> float:
+        """Batches that one update stands for."""
+        return (self.price - 1) / (self.compute - 1)
 
     def allows(self, context: StepContext, own: int) -> bool:
         """Whether a batch may be updated on, once it is known what it is like.
@@ -90,7 +80,6 @@ class ComputeDial:
             context: of the batch; it is told where not.
             own: images that were not answered before.
         """
-        assert self.compute is not None
         self.age = 0 if context.begun else self.age
         spent, images = sum(context.passes), len(context.images)
         left = self.saved + self.compute * own - spent - self.price * images
@@ -98,11 +87,11 @@ class ComputeDial:
         if self.forward_only or left < -loan:
             context.events.append(RESTED)
             return False
-        self._met = spent, images
+        self._allowed = spent, images
         return True
 
     def take(self, images: int, passes: float, stepped: int, updated: bool) -> None:
-        """Count what an answer has cost.
+        """Take from the bucket what an answer has cost.
 
         Args:
             images: that were answered.
@@ -110,13 +99,10 @@ class ComputeDial:
             stepped: images of the step that it came with; 0 while more are waited for.
             updated: whether an update was made.
         """
-        self.passes, self.images = self.passes + passes, self.images + images
-        if self.compute is None:
-            return
-        spent, met = self._met
-        if updated and met:
-            self.price = (passes - spent) / met
-        self._met = 0.0, 0
+        spent, learned_from = self._allowed
+        if updated and learned_from:
+            self.price = (passes - spent) / learned_from
+        self._allowed = 0.0, 0
         self.saved += self.compute * images - passes
         if stepped:
             self.saved, self.age = min(self.saved, self.price * stepped), self.age + 1
@@ -134,17 +120,17 @@ class ComputeDial:
         for name, kind in STATE.items():
             value = values.get(name)
             if type(value) is not kind or not math.isfinite(value) or (value < 0 and name != "saved"):
-                raise ValueError(f"its {name} of the compute dial is {value!r:.80}")
+                raise ValueError(f"the compute dial's {name} is {value!r:.80}")
         for name in STATE:
             setattr(self, name, values[name])
 
 
-STATE = {"passes": float, "images": int, "saved": float, "price": float, "age": int}
+STATE = {"saved": float, "price": float, "age": int}
 """What a dial remembers, by name."""
 
 
-def dial_of(policy: AdaptationPolicy, compute: float | None, budget_mib: float | None) -> ComputeDial:
-    """The dial of a method's adapter: where nothing may be held, forward passes alone are left.
+def dial_of(policy: AdaptationPolicy, compute: float | None, budget_mib: float | None) -> ComputeDial | None:
+    """The dial of a method's adapter, None where nothing limits it; where nothing may be held, none but forward passes.
 
     Args:
         policy: the method.
@@ -154,7 +140,7 @@ def dial_of(policy: AdaptationPolicy, compute: float | None, budget_mib: float |
     Raises:
         ConfigError: ``compute`` is below 1, or the method never updates.
     """
-    dial = ComputeDial(compute)
+    dial = None if compute is None else ComputeDial(compute)
     if policy.updates:
         return ComputeDial(1) if holds_nothing(budget_mib) else dial
     if compute is not None:
@@ -162,7 +148,7 @@ def dial_of(policy: AdaptationPolicy, compute: float | None, budget_mib: float |
             f"compute={compute:g} does not go with method {policy.method!r}, which never updates, so that nothing is "
             "left to save; allowed are methods that adapt: leave compute out, or set method=tent"
         )
-    return dial
+    return None
 
 
 def holds_nothing(budget_mib: float | None) -> bool:

@@ -135,7 +135,7 @@ class _Run:
             "model": self.adapter.model.weights_sha256(),
             "method": self.adapter.policy.method,
             "memory": asdict(self.adapter.memory.config),
-            "compute": self.adapter.dial.compute,
+            "compute": None if self.adapter.dial is None else self.adapter.dial.compute,
             "stream": fingerprint(stream),
             **made_of,
         }
@@ -258,7 +258,7 @@ class _Run:
     def collect_counts(self) -> None:
         """Take over the adapter's counters before it is reset."""
         self.updates += self.adapter.updates
-        self.passes, self.images = self.passes + self.adapter.dial.passes, self.images + self.adapter.dial.images
+        self.passes, self.images = self.passes + self.adapter.passes, self.images + self.adapter.images
         self.guard_events.update(self.adapter.events)
 
     def report(self) -> RunReport:

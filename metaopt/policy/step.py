@@ -196,10 +196,12 @@ def update(context: StepContext, apply: ApplyUpdate, memory: ActivationMemory | 
     """Predict and update; what the rule refuses leaves everything as it was."""
 
     def loss_on(images: Tensor) -> Tensor:
-        return loss_of(evaluate(replace(context, images=images, signals={}, notes={})))
+        return loss_of(evaluate(replace(context, images=images, signals={}, notes={}, passes=[])))
 
     before, here, pruning = context.state, context.parameters, context.state.get("pruning")
     kept = nullcontext() if memory is None else memory.step(context.model, loss_on, here, pruning, context.images)
+    if memory is not None:  # dry runs, once for a shape of batches, are no part of the step's cost
+        context.passes.append(DIFFERENTIATED * min(memory.extra_samples, len(context.images)))
     with kept as observed:
         output, rule_state = evaluate(context), before["rule"]
 
