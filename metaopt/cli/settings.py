@@ -119,7 +119,7 @@ class OnlineSettings(Common):
     batch_size: int = 64
     memory: str | None = None  # None: dense, and with a budget pruned
     budget_mib: float | None = None  # bound on what is held for backward; 0: no update is made
-    compute: float | None = None  # forward passes a batch in the mean, counted; 1: no update is made, 3.6: all are
+    compute: float | None = None  # forward passes a batch in the mean, counted; 1: no update is made, 3: all are
     compile: bool = False  # run the network by torch.compile
     gather: int | None = None  # images that an update is made on at least; None: half of the policy's own batch
     seed: int = 0

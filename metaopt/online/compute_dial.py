@@ -1,7 +1,7 @@
 r"""The compute dial: what an adaptation may cost in the mean, from forward passes alone to an update on every batch.
 
 Cost is counted, not timed, so that predictions are the same in every run: each pass of the network over the batch is 1
-forward pass, one with its backward pass is 2.5 (`metaopt.policy.step.DIFFERENTIATED`), whatever it is for: views, a
+forward pass, one with its backward pass is 2 (`metaopt.policy.step.DIFFERENTIATED`), whatever it is for: views, a
 teacher, a second look of SAM or `class_skew`. With ``compute`` = c, a token bucket b earns c for each batch and pays
 all that is spent; with q for an update, its prediction included, one is made where
 

@@ -20,9 +20,9 @@ from metaopt.policy.state import State
 from metaopt.types import ApplyUpdate, ForwardOutput, Parameters, StepOutput
 
 REFUSED = "refused"  # event: nothing to learn from
-DIFFERENTIATED = 2.5
-"""Forward passes that one with its backward pass counts as, where norm layers alone adapt: 2 by its products, for
-convolutions need the gradient of their inputs alone, and with what else it moves 2.3 to 2.6 by the clock."""
+DIFFERENTIATED = 2.0
+"""Forward passes that one with its backward pass counts as: frozen convolutions need the gradient of their inputs alone,
+as many products again. By the clock it is 2.2 to 2.5, for normalisation moves more than it multiplies."""
 
 
 @dataclass
