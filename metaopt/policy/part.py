@@ -33,8 +33,20 @@ from metaopt.parameters import ParameterLayout
 from metaopt.settings import build
 from metaopt.types import Parameters
 
-BEFORE = ("observe", "restore", "decide", "condition", "teach")
-ACTS = (*BEFORE, "predict", "weigh", "terms", "settle", "rest", "answer", "judge")
+ACTS = (
+    "observe",
+    "restore",
+    "decide",
+    "condition",
+    "teach",
+    "predict",
+    "weigh",
+    "terms",
+    "settle",
+    "rest",
+    "answer",
+    "judge",
+)
 
 
 @dataclass(frozen=True)

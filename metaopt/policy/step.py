@@ -21,7 +21,7 @@ from metaopt.types import ApplyUpdate, ForwardOutput, Parameters, StepOutput
 
 REFUSED = "refused"  # event: nothing to learn from
 DIFFERENTIATED = 2.0
-"""Forward passes that one with its backward pass counts as: frozen convolutions need the gradient of their inputs alone,
+"""Forward passes that one with its backward pass counts as: frozen layers need the gradient of their inputs alone,
 as many products again. By the clock it is 2.2 to 2.5, for normalisation moves more than it multiplies."""
 
 
