@@ -118,7 +118,7 @@ class ComputeDial:
             ValueError: the values are none of a stream.
         """
         for name, kind in STATE.items():
-            value = values.get(name)
+            value: Any = values.get(name)
             if type(value) is not kind or not math.isfinite(value) or (value < 0 and name != "saved"):
                 raise ValueError(f"the compute dial's {name} is {value!r:.80}")
         for name in STATE:

@@ -230,7 +230,7 @@ def test_broken_batches_are_paid_for() -> None:
     adapter = dialled("tent", 1.3)
     poisoned = [torch.full_like(images, 0.5) for images in BATCHES]
     with torch.no_grad():
-        adapter.model.get_submodule("module.linear").weight.fill_(torch.nan)
+        adapter.model.get_parameter("module.linear.weight").fill_(torch.nan)
     run(adapter, poisoned * 6)
     assert adapter.updates == 0 and adapter.mean_forwards is not None
     assert adapter.mean_forwards <= 1.3 + AHEAD * 0.3 / 48
