@@ -51,6 +51,7 @@ class StepOutput:
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # scalars told of the batch: shift_distance
     events: tuple[str, ...] = ()  # what parts did out of the ordinary, such as "restored"
     updated: bool = False  # whether the batch was updated on: no gate stayed closed and nothing refused it
+    passes: float = 0.0  # of the network, counted for each image; with its backward pass, one counts twice
 
 
 class UpdateRule(Protocol):

@@ -87,6 +87,11 @@ class ActivationMemory:
         """The budget in bytes."""
         return None if self.config.budget_mib is None else int(self.config.budget_mib * MIB)
 
+    @property
+    def extra_samples(self) -> int:
+        """Images of each batch that a pass of its own looks at first, for the allocation."""
+        return 0 if self.allocation is None else self.allocation.extra_samples
+
     @contextmanager
     def step(
         self, model: nn.Module, loss_of: Pass, parameters: Parameters, state: AllocationState | None, images: Tensor

@@ -51,6 +51,7 @@ def run(settings: OnlineSettings, arguments: Sequence[str]) -> None:
             method,
             memory=settings.memory,
             budget_mib=settings.budget_mib,
+            compute=settings.compute,
             compile=settings.compile,
             gather=settings.gather,
         )
@@ -127,6 +128,9 @@ def show(settings: OnlineSettings, report: RunReport, out: Path) -> None:
     print(f"held for backward: {report.held_mib:.1f} MiB{within}, state: {report.state_mib:.1f} MiB")
     mean = "" if report.mean_ratio_to_forward is None else f" (median; {report.mean_ratio_to_forward:.2f} in the mean)"
     print(f"time of a step: {ratio} plain forward passes{mean}")
+    if report.mean_forwards is not None:
+        of = "" if settings.compute is None else f" of compute={settings.compute:g}"
+        print(f"forward passes a batch, counted: {report.mean_forwards:.2f}{of}")
     events = "".join(f", {name} {count}" for name, count in report.guard_events.items() if count)
     print(f"updates: {report.updates}{events}")
     if len(report.pass_errors) > 1:

@@ -62,6 +62,7 @@ def run(settings: BenchmarkSettings) -> None:
                             method,
                             memory=arm.memory,
                             budget_mib=arm.budget,
+                            compute=arm.compute,
                             profiles=profiles[arm.method.name, arm.policy],
                         ),
                         stream,
@@ -96,6 +97,7 @@ def arms_of(settings: BenchmarkSettings) -> list[Arm]:
             policies=settings.policy_path,
             memory=settings.memory,
             budgets=settings.budgets,
+            compute=settings.compute,
             allocations=settings.pruning,
         )
     )

@@ -14,6 +14,7 @@ from metaopt.data.readers import READERS
 from metaopt.errors import ConfigError, check_one_of, check_positive, check_range
 from metaopt.meta import MetaTrainConfig
 from metaopt.online import SETTINGS
+from metaopt.online.compute_dial import ComputeDial, holds_nothing
 from metaopt.policy import MethodConfig
 from metaopt.policy.parts.pruning import LEARNED
 from metaopt.settings import PathSetting, build
@@ -117,7 +118,8 @@ class OnlineSettings(Common):
     stream: Any = field(default_factory=lambda: {"name": "shuffled"})  # how its images are arranged, with settings
     batch_size: int = 64
     memory: str | None = None  # None: dense, and with a budget pruned
-    budget_mib: float | None = None  # bound on what is held for backward
+    budget_mib: float | None = None  # bound on what is held for backward; 0: no update is made
+    compute: float | None = None  # forward passes a batch in the mean, counted; 1: no update is made, 3: all are
     compile: bool = False  # run the network by torch.compile
     gather: int | None = None  # images that an update is made on at least; None: half of the policy's own batch
     seed: int = 0
@@ -132,6 +134,8 @@ class OnlineSettings(Common):
         self.stream = settings_of(self.stream)
         check_range("snapshot_every", self.snapshot_every, 0, example="200")
         self.memory = check_memory(self.memory, self.budget_mib)
+        if self.compute is not None:
+            ComputeDial(self.compute)  # checks it
         check_range("batch_size", self.batch_size, 1, example="64")
         if self.gather is not None:
             check_range("gather", self.gather, 1, example="32")
@@ -155,6 +159,7 @@ class BenchmarkSettings(Common):
     batch_size: int = 64
     memory: str | None = None  # None: dense, and with budgets pruned
     budgets: list[float] = field(default_factory=list)  # MiB held, a row for each, of every method that updates
+    compute: list[float] = field(default_factory=list)  # forward passes a batch, a row for each, likewise
     pruning: list[str] = field(default_factory=list)  # a row for each allocation, of every method that updates
     out: PathSetting = "runs/benchmark"
 
@@ -173,9 +178,12 @@ class BenchmarkSettings(Common):
             if not rows:
                 raise ConfigError(f"{key}=[] is empty; at least one is needed: leave {key} out for the default")
         memory = self.memory
-        self.memory = check_memory(memory, self.budgets[0] if self.budgets else None)
-        for budget in self.budgets:
+        held = [budget for budget in self.budgets if not holds_nothing(budget)]
+        self.memory = check_memory(memory, held[0] if held else None)
+        for budget in held:
             check_memory(memory, budget)
+        for compute in self.compute:
+            ComputeDial(compute)  # checks it
         if self.pruning and self.memory != "pruned":
             raise ConfigError(
                 f"pruning=[{', '.join(self.pruning)}] does not go with memory={self.memory}; allocations choose for "
@@ -240,6 +248,7 @@ def check_memory(memory: str | None, budget_mib: float | None) -> str:
     Raises:
         ConfigError: they do not go together.
     """
+    budget_mib = None if holds_nothing(budget_mib) else budget_mib
     memory = memory or ("dense" if budget_mib is None else "pruned")
     MemoryConfig(memory, budget_mib)  # checks both
     return memory

@@ -1,5 +1,6 @@
 """The file of an adaptation that a stream can go on from: what it holds, and all that is checked before it is used."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from metaopt.errors import CheckpointError
 from metaopt.files import atomic_save, is_finite, safe_load, says
+from metaopt.online.compute_dial import ComputeDial
 from metaopt.optimizers.update import NONFINITE
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.fingerprint import policy_sha256
@@ -35,6 +37,9 @@ class Adaptation(NamedTuple):
     waiting: Tensor | None  # images that wait for an update
     least: int  # that one is made on
     seed: int  # of augmented views
+    passes: float = 0.0  # of the network, counted for each image
+    images: int = 0  # answered
+    dial: Mapping[str, Any] | None = None  # what the compute dial remembers; None: there is none
 
 
 def adaptation_to_dict(adaptation: Adaptation, policy: AdaptationPolicy) -> dict[str, Any]:
@@ -50,6 +55,9 @@ def adaptation_to_dict(adaptation: Adaptation, policy: AdaptationPolicy) -> dict
         "least": adaptation.least,
         "seed": adaptation.seed,
         "events": dict(adaptation.events),
+        "passes": adaptation.passes,
+        "images": adaptation.images,
+        "dial": None if adaptation.dial is None else dict(adaptation.dial),
     }
 
 
@@ -148,6 +156,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
     for key in ("steps", "updates", "least", "seed"):
         if not _is_count(values[key]):
             raise ValueError(f"its {key} is {values[key]!r:.80}, no count")
+    _cost(values)
     steps, updates, events = values["steps"], values["updates"], values["events"]
     if not isinstance(events, dict) or not all(isinstance(n, str) and _is_count(c) for n, c in events.items()):
         raise ValueError(f"its events are {events!r:.80}, no counts by name")
@@ -194,7 +203,18 @@ def _fitting(
         waiting,
         max(1, values["least"]),
         values["seed"],
+        *_cost(values),
     )
+
+
+def _cost(values: Mapping[str, Any]) -> tuple[float, int, Mapping[str, Any] | None]:
+    """What the stream has cost, and what the dial remembers of it; files from before it was counted have neither."""
+    passes, images, dial = values.get("passes", 0.0), values.get("images", 0), values.get("dial")
+    if type(passes) is not float or not 0 <= passes < math.inf or not _is_count(images):
+        raise ValueError(f"its passes are {passes!r:.80} over {images!r:.80} images, no counts")
+    if dial is not None:
+        ComputeDial(1).load_state_dict(dial)
+    return passes, images, dial
 
 
 def _check_state(stored: Mapping[str, list[Tensor]], state: State, fresh: State) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -24,6 +25,7 @@ from metaopt.online.adaptation_file import (
     write_adaptation,
 )
 from metaopt.online.compiling import compile_network
+from metaopt.online.compute_dial import RESTED, ComputeDial, dial_of, holds_nothing
 from metaopt.online.export import copied_weights, exported_tensors, not_exported
 from metaopt.online.frozen import FrozenAdapter, frozen_here
 from metaopt.online.gathering import WAITING, Gathering
@@ -63,7 +65,10 @@ class OnlineAdapter:
             of it, on the model's device and in its type, float32 at least.
         memory: ``dense``: activations are kept as torch keeps them; ``exact``, ``compact`` or ``pruned``: see
             :mod:`metaopt.activation_memory.engine`.
-        budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``).
+        budget_mib: bounds what is held for backward at once; needs ``memory="pruned"`` (or ``compact``). 0: nothing is
+            held, whatever ``memory`` says, as with ``compute=1``.
+        compute: forward passes that a batch costs in the mean, counted (`metaopt.online.compute_dial`), from 1, forward
+            passes alone, to any number; None: as many as the method takes.
         profiles: what dry runs tell of the model, shared among adapters of one model and objective; None: its own.
         gather: images that an update is made on at least; None: half of a batch of the policy's meta-training, and 1
             for a method without.
@@ -74,8 +79,8 @@ class OnlineAdapter:
     Raises:
         CheckpointError: the policy was trained on another model.
         ModelError: the model has no normalisation layer that can adapt, or no place for the method's experts.
-        ConfigError: memory and budget do not go together, or model or policy are of another type; a step raises it
-            where the budget is too small for the batch.
+        ConfigError: memory and budget do not go together, compute is below 1 or asked of a method that never updates,
+            or model or policy are of another type; a step raises it where the budget is too small for the batch.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class OnlineAdapter:
         *,
         memory: str = "dense",
         budget_mib: float | None = None,
+        compute: float | None = None,
         profiles: Profiles | None = None,
         compile: bool = False,
         gather: int | None = None,
@@ -99,7 +105,10 @@ class OnlineAdapter:
         self.layout = policy.layout(self.model)
         reference = next(iter(self._own_values().values()))
         self.policy = copy.deepcopy(policy).to(reference.device, reference.dtype).requires_grad_(False)
-        config, pruning = MemoryConfig(memory, budget_mib), self.policy.part("pruning") or Pruning()
+        self.dial = dial_of(policy, compute, budget_mib)
+        config = MemoryConfig(memory, None if holds_nothing(budget_mib) else budget_mib)
+        config = MemoryConfig() if self._forward_only else config
+        pruning = self.policy.part("pruning") or Pruning()
         if config.chooses:
             self.policy.parts["pruning"] = pruning
         elif "pruning" in self.policy.parts:  # with nothing to choose, nothing is remembered of the layers either
@@ -107,11 +116,14 @@ class OnlineAdapter:
         self.memory = ActivationMemory(config, pruning.allocation, profiles)
         if compile:
             compile_network(self.model, self.policy.objective, self.memory.config.memory)
-        self.apply = None if self.policy.rule is None else InPlaceApply(self.policy.rule, is_finite)
+        rule, dial = self.policy.rule, self.dial
+        length = None if dial is None else lambda: dial.length
+        self.apply = None if rule is None else InPlaceApply(rule, is_finite, length)
         self.events: Counter[str] = Counter()  # batches on which something out of the ordinary was done, by its name
         self.gathering = Gathering.of(self.policy) if gather is None else Gathering(gather)
         self.steps = 0  # batches seen since creation or reset, but for those without an intact image
         self.updates = 0  # of these, updated on
+        self.passes, self.images = 0.0, 0  # passes of the network, counted for each image, and images answered
         normalises = self.policy.part("batch_statistics") is not None and bool(prior_layers(self.model.module))
         handled = normalises and self.policy.part("class_skew") is not None
         self.watch = StreamWatch(self.model.num_classes, self.policy.batch_size, normalises, handled)
@@ -132,6 +144,15 @@ class OnlineAdapter:
         """Batches met, those aside that were not finite or wait: what augmented views are drawn from."""
         return self.steps - self.events[NONFINITE] - self.events[WAITING]
 
+    @property
+    def mean_forwards(self) -> float | None:
+        """Forward passes a batch so far, as `metaopt.online.compute_dial` counts them; None before any."""
+        return self.passes / self.images if self.images else None
+
+    @property
+    def _forward_only(self) -> bool:
+        return self.dial is not None and self.dial.forward_only
+
     def reset(self) -> None:
         """Back to the source: parameters, experts, moments, memory, teacher and counters are as in a new adapter."""
         with self._lock:
@@ -141,10 +162,17 @@ class OnlineAdapter:
                 self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in self.start.items()}
                 self.state = copied_state(self.policy.init(self.parameters))
             self.steps = self.updates = 0
+            self.passes, self.images = 0.0, 0
             self.gathering.reset()
+            if self.dial is not None:
+                self.dial.reset()
             self.watch.reset()
             self.events.clear()
-            names = (NONFINITE, *(event for part in self.policy.listed for event in part.events))
+            names = (
+                NONFINITE,
+                *([] if self.dial is None else [RESTED]),
+                *(event for part in self.policy.listed for event in part.events),
+            )
             self.events.update({name: 0 for name in names})
 
     def _own_values(self) -> Parameters:
@@ -194,20 +222,25 @@ class OnlineAdapter:
         """The output on intact images, (B, C, H, W), and what is learned of them; detached."""
         arguments = self.policy, self.model, self.parameters
         gathered = None if frozen is not None else self.gathering.add(images)
-        with torch.set_grad_enabled(gathered is not None and self.apply is not None):
+        learns = self.apply is not None and not self._forward_only
+        with torch.set_grad_enabled(gathered is not None and learns):
             if frozen is not None and frozen.as_exported:
                 output = StepOutput(run_network(self.model, self._exported(), images, {}).logits, updated=False)
             elif frozen is not None:
                 few = len(images) < self.gathering.least
                 output = replace(evaluate_on(*arguments, images, self.state, self.position, few), updated=False)
             elif gathered is None:
-                output = replace(predict_on(*arguments, images, self.state), events=(WAITING,))
+                self.state, output = predict_on(*arguments, images, self.state, remember=self.dial is not None)
+                output = replace(output, events=(WAITING,))
             else:
                 output = self._adapted(gathered, len(images))
         logits = output.logits.detach()[-len(images) :]  # those before were answered when they came
         if frozen is None:
             self.steps += 1
             self.updates += output.updated
+            self.passes, self.images = self.passes + output.passes, self.images + len(images)
+            if self.dial is not None:
+                self.dial.take(len(images), output.passes, 0 if gathered is None else len(gathered), output.updated)
             self.watch.see(logits)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}
@@ -219,12 +252,17 @@ class OnlineAdapter:
         while True:
             arguments = self.policy, self.model, self.parameters, self.state, gathered, self.apply, self.position
             try:
-                self.parameters, self.state, output = adaptation_step(*arguments, memory, self.start)
+                limits = {} if self.dial is None else self._limits(self.dial, len(gathered), own)
+                self.parameters, self.state, output = adaptation_step(*arguments, memory, self.start, **limits)
                 return output
             except BudgetError:
                 if len(gathered) <= own:
                     raise
                 gathered = self.gathering.fewer(gathered, own)
+
+    def _limits(self, dial: ComputeDial, images: int, own: int) -> dict[str, Any]:
+        """What a dial tells a step on so many images, of which its own had no answer before."""
+        return {"allow": partial(dial.allows, own=own), "answered": images - own, "frugal": dial.frugal}
 
     def prepare(self, images: Images) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.
@@ -233,7 +271,7 @@ class OnlineAdapter:
             images: (B, 3, H, W) in [0, 1].
         """
         images = as_images(images, self.model.mean)
-        if self.apply is not None:
+        if self.apply is not None and not self._forward_only:
             self.memory.prepare(self.model, self._loss_of, self.parameters, images)
 
     def look(self, images: Tensor) -> None:
@@ -330,7 +368,8 @@ class OnlineAdapter:
     def _adaptation(self) -> Adaptation:
         gathering, seed = self.gathering, self.policy.seed
         counts = self.steps, self.updates, self.events
-        return Adaptation(self.parameters, self.state, *counts, gathering.waiting, gathering.least, seed)
+        cost = self.passes, self.images, None if self.dial is None else self.dial.state_dict()
+        return Adaptation(self.parameters, self.state, *counts, gathering.waiting, gathering.least, seed, *cost)
 
     def _go_on(self, found: Adaptation) -> None:
         with self._lock:
@@ -338,5 +377,9 @@ class OnlineAdapter:
             self.state, self.steps, self.updates = found.state, found.steps, found.updates
             self.gathering.waiting, self.gathering.least = found.waiting, found.least
             self.policy.seed = found.seed
+            self.passes, self.images = found.passes, found.images
+            if self.dial is not None:
+                self.dial.reset()
+                self.dial.load_state_dict(self.dial.state_dict() if found.dial is None else found.dial)
             self.events.clear()
             self.events.update(found.events)

@@ -30,6 +30,7 @@ class Arm:
     setting: str
     memory: str = "dense"
     budget: float | None = None  # MiB
+    compute: float | None = None  # forward passes a batch
 
     @property
     def allocation(self) -> str | None:
@@ -43,7 +44,7 @@ class Arm:
     def key(self) -> "Key":
         """What tells this arm from the others."""
         kept = self.memory if self.allocation is None else f"{self.memory} ({self.allocation})"
-        return Key(self.setting, self.method.name, self.method.lr, self.policy, kept, self.budget)
+        return Key(self.setting, self.method.name, self.method.lr, self.policy, kept, self.budget, self.compute)
 
 
 class Key(NamedTuple):
@@ -55,6 +56,7 @@ class Key(NamedTuple):
     policy: str | None
     memory: str  # with the rule, where one chooses
     budget: float | None
+    compute: float | None
 
 
 def arms(
@@ -65,6 +67,7 @@ def arms(
     policies: Sequence[str] = (),
     memory: str = "dense",
     budgets: Sequence[float] = (),
+    compute: Sequence[float] = (),
     allocations: Sequence[str] = (),
 ) -> Iterator[Arm]:
     """Every combination that makes a difference.
@@ -76,6 +79,7 @@ def arms(
         policies: paths, for every method that uses one.
         memory: of every method that updates.
         budgets: MiB, of every method that updates.
+        compute: forward passes a batch, of every method that updates.
         allocations: what chooses what is kept, where memory is pruned; none: the method's own.
     """
     for setting in settings:
@@ -84,13 +88,16 @@ def arms(
             own_policies = policies if method.needs_policy or method.takes_objective else []
             own_memory = "dense" if method.update == "none" else memory
             chosen = allocations if own_memory == "pruned" and allocations else [method.parts.get("pruning")]
-            own_budgets = budgets if own_memory != "dense" and budgets else [None]
+            updates = method.update != "none"
+            own_budgets = budgets if updates and (own_memory != "dense" or not any(budgets)) and budgets else [None]
+            own_compute = compute if updates and compute else [None]
             yield from (
-                Arm(_changed(method, rate, allocation), policy, setting, own_memory, budget)
+                Arm(_changed(method, rate, allocation), policy, setting, own_memory, budget, forwards)
                 for rate in own_rates
                 for policy in own_policies or [None]
                 for allocation in chosen
                 for budget in own_budgets
+                for forwards in own_compute
             )
 
 
@@ -130,7 +137,7 @@ class Results:
             groups[key] = runs
             if len(same) > 1 and key == same[-1]:
                 groups[key._replace(policy=f"all {len(same)}")] = [run for other in same for run in self._runs[other]]
-        columns = ["setting", "method", "lr", "policy", "memory", "budget", "runs"]
+        columns = ["setting", "method", "lr", "policy", "memory", "budget", "compute", "runs"]
         rows = [
             (
                 key.setting,
@@ -139,12 +146,13 @@ class Results:
                 key.policy or "-",
                 key.memory,
                 "-" if key.budget is None else f"{key.budget:g}",
+                "-" if key.compute is None else f"{key.compute:g}",
                 len(runs),
                 *_figures(runs),
             )
             for key, runs in groups.items()
         ]
-        columns += ["error %", "ECE %", "held MiB", "step / forward", "in the mean"]
+        columns += ["error %", "ECE %", "held MiB", "step / forward", "in the mean", "forwards"]
         if any(len(run.pass_errors) > 1 for runs in groups.values() for run in runs):
             columns.append("error by pass")
             rows = [(*row, _by_pass(runs)) for row, runs in zip(rows, groups.values(), strict=True)]
@@ -184,6 +192,7 @@ def _rows(arm: Arm, stream: str, seed: int, report: RunReport) -> Iterator[dict[
             "memory": arm.memory,
             "pruning": arm.allocation,
             "budget_mib": arm.budget,
+            "compute": arm.compute,
             "seed": seed,
             "pass": domain.number,
             "corruption": domain.name,
@@ -198,19 +207,21 @@ def _rows(arm: Arm, stream: str, seed: int, report: RunReport) -> Iterator[dict[
             "forward_ms_p50": report.forward_ms_p50,
             "ratio_to_forward": report.ratio_to_forward,
             "mean_ratio_to_forward": report.mean_ratio_to_forward,
+            "mean_forwards": report.mean_forwards,
             "updates": report.updates,
             "nonfinite": report.guard_events.get("nonfinite", 0),
         }
 
 
-def _figures(runs: Sequence[RunReport]) -> tuple[str, str, str, str, str]:
-    """Error, ECE, held MiB and both ratios to forward as the table shows them."""
+def _figures(runs: Sequence[RunReport]) -> tuple[str, str, str, str, str, str]:
+    """Error, ECE, held MiB, both ratios to forward and forward passes counted, as the table shows them."""
     return (
         _spread([run.mean_error for run in runs]),
         _spread([run.mean_ece for run in runs]),
         f"{max(run.held_mib for run in runs):.1f}",
         _spread([run.ratio_to_forward for run in runs]),
         _spread([run.mean_ratio_to_forward for run in runs]),
+        _spread([run.mean_forwards for run in runs]),
     )
 
 

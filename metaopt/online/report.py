@@ -37,6 +37,7 @@ class RunReport:
     forward_ms_p50: float | None
     ratio_to_forward: float | None  # of the medians
     mean_ratio_to_forward: float | None  # of the means, where some steps update and others do not
+    mean_forwards: float | None  # counted: what the compute dial bounds; None before any image
     updates: int
     guard_events: dict[str, int]
     layers: list[LayerMemory] = field(default_factory=list)  # of the metered step
@@ -78,6 +79,7 @@ class RunReport:
             "forward_ms_p50": self.forward_ms_p50,
             "ratio_to_forward": self.ratio_to_forward,
             "mean_ratio_to_forward": self.mean_ratio_to_forward,
+            "mean_forwards": self.mean_forwards,
             "updates": self.updates,
             "guard_events": self.guard_events,
             "warnings": self.warnings,

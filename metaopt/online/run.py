@@ -103,6 +103,7 @@ class _Run:
         self.domains: list[DomainReport] = []
         self.guard_events: Counter[str] = Counter({name: 0 for name in adapter.events})
         self.updates = 0
+        self.passes, self.images = 0.0, 0  # of the network, counted for each image, and these
         self.batch_count = batch_count
         self.warned = 0  # warnings that the curves' folder has
         self.loss: Tensor | None = None
@@ -134,6 +135,7 @@ class _Run:
             "model": self.adapter.model.weights_sha256(),
             "method": self.adapter.policy.method,
             "memory": asdict(self.adapter.memory.config),
+            "compute": None if self.adapter.dial is None else self.adapter.dial.compute,
             "stream": fingerprint(stream),
             **made_of,
         }
@@ -179,6 +181,8 @@ class _Run:
             "batch": self.batch,
             "steps": self.steps,
             "updates": self.updates,
+            "passes": self.passes,
+            "images": self.images,
             "events": dict(self.guard_events),
             "adapter": self.adapter.state_dict(),
             "score": self.score.state_dict(),
@@ -201,6 +205,7 @@ class _Run:
         self.decisions.load_state_dict(values["decisions"])
         self.domains = domains_from_dict(values["domains"])
         self.domain, self.batch, self.updates = (int(values[name]) for name in ("domain", "batch", "updates"))
+        self.passes, self.images = float(values["passes"]), int(values["images"])
         if not set(self.guard_events) <= set(values["events"]):
             raise ValueError("counts of events are missing")
         self.guard_events = Counter({str(name): int(count) for name, count in values["events"].items()})
@@ -253,6 +258,7 @@ class _Run:
     def collect_counts(self) -> None:
         """Take over the adapter's counters before it is reset."""
         self.updates += self.adapter.updates
+        self.passes, self.images = self.passes + self.adapter.passes, self.images + self.adapter.images
         self.guard_events.update(self.adapter.events)
 
     def report(self) -> RunReport:
@@ -268,6 +274,7 @@ class _Run:
             forward_ms_p50=watch.forward_ms_p50,
             ratio_to_forward=watch.ratio_to_forward,
             mean_ratio_to_forward=watch.mean_ratio_to_forward,
+            mean_forwards=self.passes / self.images if self.images else None,
             updates=self.updates,
             guard_events=dict(self.guard_events),
             layers=gauges.layers,

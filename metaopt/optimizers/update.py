@@ -77,10 +77,12 @@ class InPlaceApply:
     """Deployment's update: the parameters' own storage changes, nothing is kept for a second derivative.
 
     ``accept`` sees the loss and the gradients first; where it says no, parameters and state stay as they are.
+    ``length`` says how far to go, as a multiple of what the rule says; None: as far.
     """
 
     rule: UpdateRule
     accept: Callable[[Tensor, Parameters], bool] | None = None
+    length: Callable[[], float] | None = None
 
     def __call__(self, loss_of: LossOf, parameters: Parameters, state: Any) -> tuple[Parameters, Any]:
         """The same storages, changed in place, as fresh leaves, and new rule state after one update."""
@@ -89,8 +91,9 @@ class InPlaceApply:
             return detached(parameters), state
         with torch.no_grad():
             updates, state = self.rule.update(gradients, state)
+            length = 1.0 if self.length is None else self.length()
             subtract = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
-            subtract(list(parameters.values()), list(updates.values()))
+            subtract(list(parameters.values()), list(updates.values()), alpha=length)
         return detached(parameters), state
 
 

@@ -12,6 +12,7 @@ predict    logits in place of the adapted model's own            teacher
 weigh      how much each sample counts in the loss
 terms      further terms of the loss, from states of their own   teacher (proximal loss)
 settle     after an update                                       teacher (running mean, stochastic restore)
+rest       after a prediction without one                        batch statistics (what the stream is like)
 answer     from logits to the prediction                         class balance
 judge      after the batch: accept it, or roll back              update gate (what it remembers)
 ========== ===================================================== ==========================================
@@ -32,7 +33,20 @@ from metaopt.parameters import ParameterLayout
 from metaopt.settings import build
 from metaopt.types import Parameters
 
-ACTS = ("observe", "restore", "decide", "condition", "teach", "predict", "weigh", "terms", "settle", "answer", "judge")
+ACTS = (
+    "observe",
+    "restore",
+    "decide",
+    "condition",
+    "teach",
+    "predict",
+    "weigh",
+    "terms",
+    "settle",
+    "rest",
+    "answer",
+    "judge",
+)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The one adaptation step, of every method, in meta-training and in deployment."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,9 @@ from metaopt.policy.state import State
 from metaopt.types import ApplyUpdate, ForwardOutput, Parameters, StepOutput
 
 REFUSED = "refused"  # event: nothing to learn from
+DIFFERENTIATED = 2.0
+"""Forward passes that one with its backward pass counts as: frozen layers need the gradient of their inputs alone,
+as many products again. By the clock it is 2.2 to 2.5, for normalisation moves more than it multiplies."""
 
 
 @dataclass
@@ -42,6 +46,9 @@ class StepContext:
     moments: dict[int, tuple[Tensor, Tensor]] | None = None  # of the batch at BatchNorm layers; None: nobody asked
     opened: bool = True  # whether the update gate let it through, where there is one
     refused: bool = False  # whether a part found nothing in the batch to learn from
+    begun: bool = False  # whether rule and parts have forgotten what was before: another domain
+    frugal: bool = False  # whether passes are to be saved: looks go by some of the images
+    passes: list[float] = field(default_factory=list)  # of the network so far, counted for each image
     autocast: Autocast = nullcontext  # what the network runs within
 
     def acting(self, act: str) -> list[Any]:
@@ -61,8 +68,13 @@ class StepContext:
 
     def begin_anew(self, event: str) -> None:
         """Forget what rule and parts remember, as before the first batch, and report it."""
-        self.state = self.policy.init(self.parameters)
+        self.state, self.begun = self.policy.init(self.parameters), True
         self.events.append(event)
+
+    def count(self, images: Tensor, tensors: Parameters) -> None:
+        """Count a pass of the network over images, (B, 3, H, W), with these tensors."""
+        differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
+        self.passes.append(len(images) * (DIFFERENTIATED if differentiated else 1.0))
 
     def forward(
         self, images: Tensor | None = None, parameters: Parameters | None = None, **wanted: Any
@@ -70,6 +82,7 @@ class StepContext:
         """The model's output on the batch, or on other images, at the adapted tensors, or at others; in float32."""
         tensors = self.tensors | (self.parameters if parameters is None else parameters)
         images = self.images if images is None else images
+        self.count(images, tensors)
         return run_network(self.model, tensors, images, self.statistics | wanted, self.autocast)
 
 
@@ -83,6 +96,9 @@ def adaptation_step(
     position: int = 0,
     memory: ActivationMemory | None = None,
     start: Parameters | None = None,
+    allow: Callable[[StepContext], bool] | None = None,
+    answered: int = 0,
+    frugal: bool = False,
 ) -> tuple[Parameters, State, StepOutput]:
     """Predict on a batch, then update on it.
 
@@ -98,17 +114,27 @@ def adaptation_step(
         position: number of batches before this one, updated on or not: augmented views of the images are drawn from it.
         memory: how activations are kept for backward; None: as torch keeps them.
         start: where adaptation starts, if it is known already.
+        allow: asked last whether the batch may be updated on, once it is known what it is like; None: it may.
+        answered: images of the batch, its first, that need no answer where it is not updated on.
+        frugal: whether looks at the batch go by some of its images.
 
     Returns:
         Parameters and state after this batch, and the predictions made *before* the update.
     """
     with network_alone_autocasts(images.device.type) as autocast:
-        context = StepContext(policy, model, parameters, state, images, position, start, autocast=autocast)
-        return _stepped(context, apply, memory)
+        context = StepContext(
+            policy, model, parameters, state, images, position, start, frugal=frugal, autocast=autocast
+        )
+        parameters, state, output = _stepped(context, apply, memory, allow, answered)
+        return parameters, state, replace(output, passes=sum(context.passes))
 
 
 def _stepped(
-    context: StepContext, apply: ApplyUpdate | None, memory: ActivationMemory | None
+    context: StepContext,
+    apply: ApplyUpdate | None,
+    memory: ActivationMemory | None,
+    allow: Callable[[StepContext], bool] | None,
+    answered: int,
 ) -> tuple[Parameters, State, StepOutput]:
     """One batch on its way."""
     if apply is None:
@@ -118,12 +144,15 @@ def _stepped(
         return context.parameters, context.state, replace(output, updated=False)
     before = context.parameters, context.state
     meet(context)
-    context.opened = should_update(context)
+    context.opened = should_update(context) and (allow is None or allow(context))
     if context.opened:
         output = update(context, apply, memory)
     else:
         context.parameters = detached(context.parameters)
-        output = predict(context)
+        own = replace(context, images=context.images[answered:], few=True) if answered else context
+        output = predict(own)
+        rest(own)
+        context.state = own.state
     if not output.updated and (NONFINITE in context.events or not bool(torch.isfinite(output.logits).all())):
         # What such a batch has touched would stay NaN: it leaves nothing behind, and counts for no part.
         return *before, replace(output, signals={}, events=(NONFINITE,))
@@ -167,11 +196,13 @@ def update(context: StepContext, apply: ApplyUpdate, memory: ActivationMemory | 
     """Predict and update; what the rule refuses leaves everything as it was."""
 
     def loss_on(images: Tensor) -> Tensor:
-        return loss_of(evaluate(replace(context, images=images, signals={}, notes={})))
+        return loss_of(evaluate(replace(context, images=images, signals={}, notes={}, passes=[])))
 
     before, here, pruning = context.state, context.parameters, context.state.get("pruning")
     kept = nullcontext() if memory is None else memory.step(context.model, loss_on, here, pruning, context.images)
-    with kept as recorded:
+    if memory is not None:  # dry runs, once for a shape of batches, are no part of the step's cost
+        context.passes.append(DIFFERENTIATED * min(memory.extra_samples, len(context.images)))
+    with kept as observed:
         output, rule_state = evaluate(context), before["rule"]
 
         def loss_at(parameters: Parameters) -> Tensor:
@@ -186,8 +217,8 @@ def update(context: StepContext, apply: ApplyUpdate, memory: ActivationMemory | 
         context.parameters, context.state = detached(context.parameters), before
         return replace(output, updated=False)
     context.remember("rule", rule_state)
-    if recorded is not None and pruning is not None:
-        context.remember("pruning", recorded.state)
+    if observed is not None and pruning is not None:
+        context.remember("pruning", observed.state)
     settle(context)
     return replace(output, updated=True)
 
@@ -198,14 +229,19 @@ def settle(context: StepContext) -> None:
         part.settle(context)
 
 
+def rest(context: StepContext) -> None:
+    """What follows a prediction without an update."""
+    for part in context.acting("rest"):
+        part.rest(context)
+
+
 def evaluate(context: StepContext) -> StepOutput:
     """Predict and weigh the loss, with a graph where the parameters have one."""
     objective = context.policy.objective
     condition(context)
     needs = frozenset[str]() if objective is None else objective.needs
     taught = teach(context) if "teacher" in needs else None
-    recording: dict[str, Any] = {} if context.moments is None else {"record": context.moments}
-    output = context.forward(features="features" in needs, **recording)
+    output = context.forward(features="features" in needs, **recorded(context))
     if "view" in needs:
         output = output._replace(view_logits=context.forward(augmented(context)).logits)
     logits = answer(context, output.logits)
@@ -219,6 +255,11 @@ def evaluate(context: StepContext) -> StepOutput:
             terms[name], weights[name] = value, loss.new_tensor(weight)
             loss = loss + weight * value
     return StepOutput(logits, loss, terms, weights)
+
+
+def recorded(context: StepContext) -> dict[str, Any]:
+    """What tells a forward pass to note the batch's moments, where somebody asked for them."""
+    return {} if context.moments is None else {"record": context.moments}
 
 
 def condition(context: StepContext) -> None:
@@ -268,11 +309,23 @@ def augmented_by(images: Tensor, randomness: torch.Generator) -> Tensor:
 
 
 def predict_on(
-    policy: AdaptationPolicy, model: nn.Module, parameters: Parameters, images: Tensor, state: State
-) -> StepOutput:
-    """Predict on a few images alone, without a step or a loss; arguments of :func:`adaptation_step`."""
+    policy: AdaptationPolicy,
+    model: nn.Module,
+    parameters: Parameters,
+    images: Tensor,
+    state: State,
+    remember: bool = False,
+) -> tuple[State, StepOutput]:
+    """Predict on a few images alone, without a step or a loss; arguments of :func:`adaptation_step`.
+
+    With ``remember`` the state that is given back knows what they told of the stream.
+    """
     with network_alone_autocasts(images.device.type) as autocast:
-        return predict(StepContext(policy, model, parameters, state, images, few=True, autocast=autocast))
+        context = StepContext(policy, model, parameters, state, images, few=True, autocast=autocast)
+        output = predict(context)
+        if remember and bool(torch.isfinite(output.logits).all()):
+            rest(context)
+        return context.state, replace(output, passes=sum(context.passes))
 
 
 def predict(context: StepContext) -> StepOutput:
@@ -299,7 +352,7 @@ def answer(context: StepContext, logits: Tensor | None) -> Tensor:
     for part in context.acting("predict"):
         predicted = part.predict(context)
         logits = logits if predicted is None else predicted
-    answered = context.forward().logits if logits is None else logits
+    answered = context.forward(**recorded(context)).logits if logits is None else logits
     for part in context.acting("answer"):
         answered = part.answer(context, answered)
     return answered

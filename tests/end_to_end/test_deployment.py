@@ -40,6 +40,7 @@ SUMMARY = [
         "forward_ms_p50",
         "ratio_to_forward",
         "mean_ratio_to_forward",
+        "mean_forwards",
         "updates",
         "guard_events",
         "warnings",
@@ -220,3 +221,40 @@ def test_a_picture_that_cannot_be_drawn_costs_no_benchmark(
     assert benchmark(["methods=[tent]", "budgets=[1]", *TINY_STREAM, "out=out"]) == 0
     assert "cannot write 'out/error_against_held.png'" in caplog.text
     assert len(table(workspace / "out/benchmark.csv")) == 2
+
+
+def test_the_compute_dial_goes_from_forward_passes_to_all_updates(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["method=tent", "setting=continual", "model.checkpoint=model.pt", "batch_size=4", "data.limit=40"]
+    updates, spent = [], []
+    for setting in ("budget_mib=0", "compute=1.3", "compute=9"):
+        assert online([*given, "data.corruptions=[fog]", setting, "out=out"]) == 0
+        found = summary_of(workspace / "out")
+        updates.append(found["updates"])
+        spent.append(found["mean_forwards"])
+        assert (found["held_mib"] == 0) == (setting == "budget_mib=0")
+    assert updates[0] == 0 < updates[1] < updates[2] == 10 and spent[0] == 1 and spent[2] == 2
+    assert spent[1] == 1 + updates[1] / 10 <= 1.6
+    assert "forward passes a batch, counted: 2.00 of compute=9" in capsys.readouterr().out
+
+
+def test_a_benchmark_has_a_row_for_each_turn_of_the_dial(workspace: Path) -> None:
+    given = ["methods=[source,tent]", "compute=[1,2]", "budgets=[0]", *TINY_STREAM, "out=out"]
+    assert benchmark(given) == 0
+    rows = table(workspace / "out/benchmark.csv")
+    assert [(row["method"], row["compute"], row["budget_mib"]) for row in rows[::2]] == [
+        ("source", "", ""),
+        ("tent", "1.0", "0.0"),
+        ("tent", "2.0", "0.0"),
+    ]
+    assert all(float(row["mean_forwards"]) == 1 and float(row["held_mib"]) == 0 for row in rows)
+
+
+def test_a_dial_out_of_its_range_is_refused_in_a_line(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run, given in ((online, "compute=0.5"), (benchmark, "compute=[0.5]")):
+        assert run([given, "model.checkpoint=model.pt", "out=out"]) == 2
+        told = capsys.readouterr().err.strip()
+        assert "compute is 0.5; allowed are finite values of at least 1" in told and "\n" not in told
+    assert online(["method=bn", "compute=1.5", *TINY_STREAM, "out=out"]) == 2
+    assert "compute=1.5 does not go with method 'bn'" in capsys.readouterr().err

@@ -89,6 +89,11 @@ NONSENSE: dict[str, Any] = {
     "more events than batches": lambda values: {**values, "events": {"nonfinite": 4}},
     "an earlier version": lambda values: {**values, "version": 2},
     "a version of the future": lambda values: {**values, "version": [3]},
+    "passes below 0": lambda values: {**values, "passes": -1.0},
+    "passes without end": lambda values: {**values, "passes": float("inf")},
+    "images as text": lambda values: {**values, "images": "3"},
+    "a dial as text": lambda values: {**values, "dial": "1.3"},
+    "a dial of no price": lambda values: {**values, "dial": {"saved": 0.0, "price": -1.0, "age": 1}},
     "another policy": lambda values: {**values, "policy": "0" * 64},
     "no policy": lambda values: {name: value for name, value in values.items() if name != "policy"},
 }

@@ -103,6 +103,10 @@ class BatchStatistics(LayeredPart):
         moments = memory.moments if not told else merged_moments(memory.moments, told, len(context.images), WINDOW)
         context.remember(self.name, StreamMemory(memory.batches + 1, moments))
 
+    def rest(self, context: StepContext) -> None:
+        """The same of a batch without an update: what the stream is like needs none."""
+        self.settle(context)
+
     def exported_buffers(self, model: SourceModel, state: StreamMemory) -> Parameters:
         """Running statistics of the source and the stream, by their counts; none before the first batch."""
         if state.moments.mean.numel() == 0:

@@ -16,6 +16,7 @@ update is made, and each of the next ``every`` batches is looked at too. The par
 shares :math:`\pi` of what it looked at in a domain; the more classes were there, the less need of caution:
 :math:`g = (\sum_k \pi_k^2 - 1/C) / (1 - 1/C)`, with the present batch taken for one of the most frequent class. F, A
 and C: `metaopt.models.class_variation`. The scales s are learned. Networks without BatchNorm are never looked at.
+Where passes are to be saved (`metaopt.online.compute_dial`), a look goes by every so-many-th image of a large batch.
 
 Neighbouring batches of a stream that is sorted by class lie far from each other without any shift of domain. While
 batches are skewed, distances count for less by the design effect :math:`1 + (n - 1) \rho` of n images of one class,
@@ -24,7 +25,7 @@ with :math:`\rho` the share of classes in the variance of what the shift distanc
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, Self
 
@@ -43,6 +44,7 @@ from metaopt.types import ForwardOutput, Parameters, StepOutput
 
 EVEN = 0.9  # of e, from where no second look is needed
 WINDOW = 2000.0  # images of a domain that count; the cautious pass has constant parameters, so they stay true
+FRUGAL = 50  # images that a look goes by at least where passes are to be saved
 SCALES = (2.0, 2.0, 4.0)  # s_1 to s_3 before meta-training
 
 
@@ -57,9 +59,9 @@ class SkewState(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a cautious pass found of one batch."""
+    """What a cautious pass found of one batch, or of every so-many-th image of it."""
 
-    logits: Tensor  # (B, C)
+    logits: Tensor  # of the images looked at, (n, C)
     moments: dict[int, tuple[Tensor, Tensor]]  # at each BatchNorm layer
     skewed: bool
 
@@ -160,7 +162,7 @@ class ClassSkew(LayeredPart):
         if not bool(context.signals["skewed"]):
             return None
         look = context.notes.get(self.name)
-        if look is None or torch.is_grad_enabled():
+        if look is None or len(look.logits) < len(context.images) or torch.is_grad_enabled():
             return self._cautious(context).logits
         return look.logits
 
@@ -170,7 +172,7 @@ class ClassSkew(LayeredPart):
         if look is None:
             context.remember(self.name, state._replace(batches=state.batches + 1))  # wary of none: else it had looked
             return
-        images, shares = len(context.images), look.logits.softmax(dim=1).mean(dim=0)
+        images, shares = len(look.logits), look.logits.softmax(dim=1).mean(dim=0)
         before = _counted(state, images)
         moments = merged_moments(state.moments, look.moments, images, WINDOW)
         known = shares if state.shares.numel() == 0 else torch.lerp(state.shares, shares, images / (before + images))
@@ -183,14 +185,15 @@ class ClassSkew(LayeredPart):
     def _look(self, context: StepContext) -> Look:
         """One cautious pass, and where its classes are few, one at the policy's start to compare it with."""
         moments: dict[int, tuple[Tensor, Tensor]] = {}
+        images = context.images[:: max(1, len(context.images) // FRUGAL)] if context.frugal else context.images
         with torch.no_grad():
-            logits = self._cautious(context, moments).logits
+            logits = self._cautious(replace(context, images=images), moments).logits
             even = evenness(logits)
             if even >= EVEN:
                 return Look(logits, moments, False)
             condition(context)
             # At the start: what adaptation has made surer of everything would win any comparison.
-            own = context.forward(parameters=context.start).logits
+            own = context.forward(images, context.start).logits
         surer = (mean_entropy(own) - mean_entropy(logits)) / math.log(logits.shape[1])
         return Look(logits, moments, surer > self.config.slope * (even - self.config.evenness))
 

@@ -128,6 +128,7 @@ class Teacher(Part):
 
     def _confidence(self, context: StepContext) -> float:
         """Mean probability that the source gives to the class that it predicts."""
+        context.count(context.images, {})
         with context.autocast():
             logits = widened(context.model(context.images, **context.statistics).logits)
         return logits.softmax(dim=1).amax(dim=1).mean().item()
