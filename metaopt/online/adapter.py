@@ -33,6 +33,7 @@ from metaopt.optimizers.update import NONFINITE, InPlaceApply, gradients_of, is_
 from metaopt.parameters import own_values
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
+from metaopt.policy.parts.verdict import Verdict, VerdictPart
 from metaopt.policy.precision import run_network
 from metaopt.policy.state import State, copied_state
 from metaopt.policy.step import adaptation_step, evaluate_on, loss_of, predict_on
@@ -224,6 +225,18 @@ class OnlineAdapter:
                 if len(gathered) <= own:
                     raise
                 gathered = self.gathering.fewer(gathered, own)
+
+    def verdict(self) -> Verdict | None:
+        """How often the adapted model and the source err on the latest images, as estimated without labels.
+
+        None for a method without the part ``verdict``, and before the first batch.
+
+        Raises:
+            ConfigError: the part is not fitted (`metaopt.fit_verdict`).
+        """
+        with self._lock:
+            part = self.policy.part(VerdictPart.name)
+            return None if part is None else part.verdict(self.state[part.name])
 
     def prepare(self, images: Images) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.
