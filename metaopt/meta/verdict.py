@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from metaopt.data import shift_names
 from metaopt.data.images import validate_images
 from metaopt.data.seeding import generator_for
-from metaopt.data.shifts import META, SELECTION, WIDE, Shift
+from metaopt.data.shifts import EXTRA, META, SELECTION, WIDE, Shift
 from metaopt.errors import ConfigError
 from metaopt.evaluation import progress
 from metaopt.meta.task_config import TaskConfig
@@ -78,7 +78,7 @@ def fit_verdict(
         model: the source model.
         policy: method with the part, ready to be deployed.
         images: clean unlabeled images of the source, (n, 3, H, W) in [0, 1]; 128 are enough.
-        shifts: what to learn from; None: those that policies are meta-trained and selected on by default.
+        shifts: what to learn from; None: those that policies are meta-trained and selected on, and occlusion.
         mirrored: mirror half of the images; None: as in the policy's meta-training, and yes without one.
         seed: of all that is drawn.
         cells: streams of 320 images to learn from.
@@ -102,8 +102,8 @@ def fit_verdict(
     source = model if isinstance(model, SourceModel) else SourceModel(model)
     images = validate_images(images, source.spec.channels).to(source.mean.device)
     mirrored = policy.training.get("config", {}).get("flip") if mirrored is None else mirrored
-    config = TaskConfig(batch_size=min(64, len(images)), flip=mirrored)
-    named = shifts or (*shift_names(META), *shift_names(WIDE), *shift_names(SELECTION))
+    config = TaskConfig(batch_size=min(64, len(images)), flip=mirrored, occlusion=0.0)
+    named = shifts or [name for family in (META, WIDE, SELECTION, EXTRA) for name in shift_names(family)]
     shifted, clean = (
         TaskSampler(images, named, each, _probabilities(source)) for each in (config, replace(config, clean=1.0))
     )
