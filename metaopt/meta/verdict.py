@@ -36,9 +36,9 @@ from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.verdict import SIGNALS, VerdictPart, after, nothing_seen, signals
 from metaopt.policy.step import adaptation_step
 
-CELLS, CLEAN_CELLS = 72, 4
+CELLS, CLEAN_CELLS = 60, 4
 STEPS = 4  # batches of a cell that count, behind one to begin with
-LEAST_ERROR = 0.2  # of cells that are learned from
+LEAST_ERROR = 0.25  # of cells that are learned from
 LEAST_CELLS = 16  # where fewer err that much, those of the larger errors are taken
 RIDGE = 2.0  # on signals of mean 0 and variance 1
 ROUNDS = 12  # until e_0 and the regression agree
@@ -102,7 +102,7 @@ def fit_verdict(
     source = model if isinstance(model, SourceModel) else SourceModel(model)
     images = validate_images(images, source.spec.channels).to(source.mean.device)
     mirrored = policy.training.get("config", {}).get("flip") if mirrored is None else mirrored
-    config = TaskConfig(batch_size=min(64, len(images)), flip=mirrored, occlusion=0.0)
+    config = TaskConfig(batch_size=min(64, len(images)), flip=mirrored, occlusion=0.0, clean_view="augmented")
     named = shifts or [name for family in (META, WIDE, SELECTION, EXTRA) for name in shift_names(family)]
     shifted, clean = (
         TaskSampler(images, named, each, _probabilities(source)) for each in (config, replace(config, clean=1.0))

@@ -13,7 +13,7 @@ weigh      how much each sample counts in the loss
 terms      further terms of the loss, from states of their own   teacher (proximal loss)
 settle     after an update                                       teacher (running mean, stochastic restore)
 answer     from logits to the prediction                         class balance
-judge      after the batch: accept it, or roll back              update gate (what it remembers)
+judge      after the batch: accept it, or roll back              update gate (what it remembers), verdict
 ========== ===================================================== ==========================================
 
 Every act takes the batch's :class:`metaopt.policy.step.StepContext` and changes that alone; a part has those that its
