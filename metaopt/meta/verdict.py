@@ -36,7 +36,7 @@ from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.verdict import SIGNALS, VerdictPart, after, nothing_seen, signals
 from metaopt.policy.step import adaptation_step
 
-CELLS, CLEAN_CELLS = 60, 4
+CLEAN_CELLS = 4
 STEPS = 4  # batches of a cell that count, behind one to begin with
 LEAST_ERROR = 0.25  # of cells that are learned from
 LEAST_CELLS = 16  # where fewer err that much, those of the larger errors are taken
@@ -69,7 +69,6 @@ def fit_verdict(
     shifts: Sequence[str | Shift] | None = None,
     mirrored: bool | None = None,
     seed: int = 0,
-    cells: int = CELLS,
     quiet: bool = False,
 ) -> None:
     """Teach the part ``verdict`` of a method what errors look like; the same for the same seed. Nothing else changes.
@@ -81,7 +80,6 @@ def fit_verdict(
         shifts: what to learn from; None: those that policies are meta-trained and selected on, and occlusion.
         mirrored: mirror half of the images; None: as in the policy's meta-training, and yes without one.
         seed: of all that is drawn.
-        cells: streams of 320 images to learn from.
         quiet: show no progress bar.
 
     Raises:
@@ -107,7 +105,7 @@ def fit_verdict(
     shifted, clean = (
         TaskSampler(images, named, each, _probabilities(source)) for each in (config, replace(config, clean=1.0))
     )
-    randomness = generator_for("verdict", seed)
+    randomness, cells = generator_for("verdict", seed), part.config.cells
     tasks = [sampler.sample(STEPS, randomness) for sampler in [shifted] * cells + [clean] * CLEAN_CELLS]
     run = _runner(source, policy)
     with progress(len(tasks), "Fitting the verdict", quiet=quiet) as bar:

@@ -20,14 +20,14 @@ IMAGES = random_images(24)
 
 
 def tent(verdict: bool = True) -> AdaptationPolicy:
-    parts = {**BARE, "verdict": verdict}
+    parts = {**BARE, "verdict": {"cells": 20} if verdict else False}
     return build_method(MethodConfig("tent", update="adam", lr=1e-3, objective={"entropy": 1.0}, parts=parts))
 
 
 @cache
 def fitted(seed: int = 0) -> AdaptationPolicy:
     policy = tent()
-    fit_verdict(tiny_model(), policy, IMAGES, seed=seed, cells=20, quiet=True)
+    fit_verdict(tiny_model(), policy, IMAGES, seed=seed, quiet=True)
     return policy
 
 
@@ -93,7 +93,7 @@ def test_own_mistakes_of_the_source_count() -> None:
 def test_fit_is_the_same_for_a_seed_and_changes_nothing_else() -> None:
     model, policy, before = tiny_model(), tent(), tiny_model().state_dict()
     kept = copy.deepcopy(policy.state_dict())
-    fit_verdict(model, policy, IMAGES, cells=20, quiet=True)
+    fit_verdict(model, policy, IMAGES, quiet=True)
     part = policy.part("verdict")
     assert torch.equal(part.weights, fitted().part("verdict").weights)
     assert not torch.equal(part.weights, fitted(1).part("verdict").weights)
@@ -117,7 +117,13 @@ def test_fitted_it_gives_a_verdict_at_each_batch() -> None:
 
 def test_meta_training_fits_it() -> None:
     config = MetaTrainConfig(
-        epochs=1, unrolls=1, steps=2, batch_size=8, selection_tasks=1, report_tasks=0, parts={**BARE, "verdict": True}
+        epochs=1,
+        unrolls=1,
+        steps=2,
+        batch_size=8,
+        selection_tasks=1,
+        report_tasks=0,
+        parts={**BARE, "verdict": {"cells": 8}},
     )
     policy = metaopt.meta_train(tiny_model(), IMAGES, ["gaussian_blur", "gamma"], config, quiet=True)
     assert policy.part("verdict").fitted and {"gaussian_blur", "gamma"} == set(policy.training["verdict_shifts"])

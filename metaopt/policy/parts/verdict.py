@@ -69,15 +69,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class VerdictConfig:
-    """How often the source is asked, and what a verdict is about."""
+    """How often the source is asked, what a verdict is about, and what it learns from."""
 
     every: int = 5  # batches from one pass of the source to the next, which is what the verdict costs
     window: int = 1000  # latest images that a verdict is about
+    cells: int = 60  # short streams of shifted images that it is fitted on
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
         check_range("verdict.every", self.every, 1, example="5")
         check_range("verdict.window", self.window, 1, example="1000")
+        check_range("verdict.cells", self.cells, 2 * SIGNALS, example="60")
 
 
 class VerdictPart(Part):

@@ -196,7 +196,10 @@ def test_unfitted_it_says_how_to_fit_it() -> None:
         found.verdict()
 
 
-@pytest.mark.parametrize(("values", "message"), [({"every": 0}, "verdict.every is 0"), ({"window": 0}, "window is 0")])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"every": 0}, "verdict.every is 0"), ({"window": 0}, "window is 0"), ({"cells": 4}, "cells is 4")],
+)
 def test_settings_out_of_range(values: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         VerdictConfig(**values)
