@@ -87,6 +87,8 @@ class VerdictPart(Part):
 
     Config = VerdictConfig
     name = "verdict"
+    weights: Tensor
+    spread: Tensor
 
     def __init__(self, config: VerdictConfig | None = None) -> None:
         super().__init__(config)
@@ -158,8 +160,8 @@ class VerdictPart(Part):
 
 def nothing_seen(like: Tensor) -> VerdictState:
     """The state before the first batch, in the type and on the device of ``like``."""
-    zeros = [like.new_zeros(()) for _ in range(6)]
-    return VerdictState(*zeros, like.new_zeros(0), like.new_zeros(0))
+    means = {name: like.new_zeros(()) for name in VerdictState._fields}
+    return VerdictState(**means | {"shares": like.new_zeros(0), "squares": like.new_zeros(0)})
 
 
 def after(

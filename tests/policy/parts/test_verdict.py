@@ -133,7 +133,7 @@ def test_no_prediction_and_no_parameter_changes_by_it() -> None:
 
 @pytest.mark.parametrize("every", [1, 3, 5])
 def test_it_costs_one_forward_pass_in_every_few_batches(every: int) -> None:
-    passes = dict.fromkeys(("judged", "plain"), 0)
+    passes: dict[str, int] = {"judged": 0, "plain": 0}
     for name, part in (("judged", fitted(every=every)), ("plain", None)):
         found = OnlineAdapter(tiny_model(), policy_with(part))
 
@@ -184,7 +184,8 @@ def test_batch_that_is_not_finite_counts_for_nothing() -> None:
     broken = STREAM[1].clone()
     broken[:] = torch.nan
     for images in STREAM[:4]:
-        judged(images), plain(images)
+        judged(images)
+        plain(images)
     judged(broken)
     assert judged.verdict() == plain.verdict()
 
