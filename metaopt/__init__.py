@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from metaopt.data import shift_names as shift_names
     from metaopt.errors import MetaoptError as MetaoptError
     from metaopt.meta import MetaTrainConfig as MetaTrainConfig
+    from metaopt.meta import fit_verdict as fit_verdict
     from metaopt.meta import meta_train as meta_train
     from metaopt.models import SourceModel as SourceModel
     from metaopt.models import load_source_model as load_source_model
@@ -31,6 +32,7 @@ _HOMES = {
     "OnlineAdapter": "metaopt.online",
     "SourceModel": "metaopt.models",
     "build_method": "metaopt.policy",
+    "fit_verdict": "metaopt.meta",
     "list_methods": "metaopt.catalogue",
     "list_parts": "metaopt.catalogue",
     "load_method": "metaopt.catalogue",

@@ -44,7 +44,8 @@ def run(settings: OnlineSettings, arguments: Sequence[str]) -> None:
         if policy is not None:
             policy = take_policy(policy, settings.transfer, model)
         images = partial(unlabeled_images, settings, device)
-        method = assemble_method(settings.method, policy, model, images, settings.seed)
+        mirrored = settings.data.keeps_class_mirrored
+        method = assemble_method(settings.method, policy, model, images, settings.seed, mirrored)
         assert settings.memory is not None
         adapter = OnlineAdapter(
             model,
@@ -133,11 +134,19 @@ def show(settings: OnlineSettings, report: RunReport, out: Path) -> None:
         print(f"forward passes a batch, counted: {report.mean_forwards:.2f}{of}")
     events = "".join(f", {name} {count}" for name, count in report.guard_events.items() if count)
     print(f"updates: {report.updates}{events}")
+    if found := report.estimates:
+        adapted, source = (_told(found, name) for name in ("estimated", "source_estimated"))
+        print(f"estimated without labels: {adapted}; of the source: {source}")
     if len(report.pass_errors) > 1:
         print("error of each pass: " + ", ".join("-" if e is None else f"{e:.2f} %" for e in report.pass_errors))
     for text in report.warnings:
         print(f"warning: {text}")
     print(f"predictions.csv, memory.csv, summary.json and curves in {out}")
+
+
+def _told(found: dict[str, Any], name: str) -> str:
+    low, high = found[f"{name}_interval"]
+    return f"error {found[f'{name}_error']:.1f} % (95 %: {low:.1f} to {high:.1f})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from metaopt.cli.settings import Common, ModelSettings, SourceSettings, SpeedSet
 from metaopt.data import Stream, generator_for, load_arrays
 from metaopt.data.images import to_float
 from metaopt.errors import ConfigError, DataError
-from metaopt.meta import MetaTrainConfig
+from metaopt.meta import MetaTrainConfig, fit_verdict
 from metaopt.models import SourceModel, load_source_model
 from metaopt.policy import AdaptationPolicy, MethodConfig, SourceRecord, build_method, transferred
 
@@ -118,6 +118,7 @@ def assemble_method(
     model: SourceModel,
     images: Callable[[], Tensor],
     seed: int = 0,
+    mirrored: bool | None = None,
 ) -> AdaptationPolicy:
     """The method that a configuration describes, with what it needs of clean source images.
 
@@ -127,12 +128,16 @@ def assemble_method(
         model: the one to adapt.
         images: gives clean unlabeled images; called only where the method needs them and no policy brings what it took.
         seed: of what the method draws online.
+        mirrored: whether an image's class stays where it is mirrored; None: as in the policy's meta-training.
 
     Raises:
         ConfigError: the parts do not go together.
     """
     method = build_method(config, policy=policy, seed=seed)
     method.prepare(model, images)
+    verdict = method.part("verdict")
+    if verdict is not None and not verdict.fitted:
+        fit_verdict(model, method, images(), mirrored=mirrored)
     return method
 
 

@@ -45,8 +45,11 @@ def run(settings: BenchmarkSettings) -> None:
         policy.check_source(model)
     check_stream(streams[settings.seeds[0]], model, device)
     listed = arms_of(settings)
+    mirrored = settings.data.keeps_class_mirrored
     methods = [
-        assemble_method(arm.method, None if arm.policy is None else policies[arm.policy], model, images)
+        assemble_method(
+            arm.method, None if arm.policy is None else policies[arm.policy], model, images, mirrored=mirrored
+        )
         for arm in listed
     ]
     profiles: defaultdict[tuple[str, str | None], Profiles] = defaultdict(Profiles)  # by method and policy

@@ -6,3 +6,4 @@ from metaopt.meta.tasks import Task as Task
 from metaopt.meta.tasks import TaskSampler as TaskSampler
 from metaopt.meta.train import meta_train as meta_train
 from metaopt.meta.trainer import MetaTrainer as MetaTrainer
+from metaopt.meta.verdict import fit_verdict as fit_verdict

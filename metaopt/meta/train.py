@@ -9,6 +9,7 @@ from metaopt.data.shifts import Shift
 from metaopt.evaluation import progress
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.trainer import MetaTrainer
+from metaopt.meta.verdict import fit_verdict
 from metaopt.models import SourceModel
 from metaopt.policy import AdaptationPolicy
 
@@ -50,4 +51,7 @@ def meta_train(
         source, validate_images(images, source.spec.channels).to(source.mean.device), shifts, config, start=start
     )
     with progress(config.total_unrolls, "Meta-training", quiet=quiet) as bar:
-        return trainer.run(on_unroll=lambda loss: bar.update(loss=loss))
+        policy = trainer.run(on_unroll=lambda loss: bar.update(loss=loss))
+    if policy.part("verdict") is not None:
+        fit_verdict(source, policy, trainer.images, shifts=shifts or config.shifts, seed=config.seed, quiet=quiet)
+    return policy

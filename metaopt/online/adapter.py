@@ -35,6 +35,7 @@ from metaopt.optimizers.update import NONFINITE, InPlaceApply, gradients_of, is_
 from metaopt.parameters import own_values
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
+from metaopt.policy.parts.verdict import Verdict, VerdictPart
 from metaopt.policy.precision import run_network
 from metaopt.policy.state import State, copied_state
 from metaopt.policy.step import adaptation_step, evaluate_on, loss_of, predict_on
@@ -263,6 +264,18 @@ class OnlineAdapter:
     def _limits(self, dial: ComputeDial, images: int, own: int) -> dict[str, Any]:
         """What a dial tells a step on so many images, of which its own had no answer before."""
         return {"allow": partial(dial.allows, own=own), "answered": images - own, "frugal": dial.frugal}
+
+    def verdict(self) -> Verdict | None:
+        """How often the adapted model and the source err on the latest images, as estimated without labels.
+
+        None for a method without the part ``verdict``, and before the first batch.
+
+        Raises:
+            ConfigError: the part is not fitted (`metaopt.fit_verdict`).
+        """
+        with self._lock:
+            part = self.policy.part(VerdictPart.name)
+            return None if part is None else part.verdict(self.state[part.name])
 
     def prepare(self, images: Images) -> None:
         """Find out now, by dry runs, what a batch of this shape keeps; else the first step on one does.

@@ -22,6 +22,7 @@ class DomainReport:
     ece: float | None
     cumulative_error: list[float] = field(default_factory=list)  # after each batch
     number: int = 1  # of the pass through the stream, or of the visit to the domain
+    verdict: dict[str, float] | None = None  # fields of the `Verdict` at its end; None: the method gives none
 
 
 @dataclass
@@ -59,6 +60,15 @@ class RunReport:
         return _mean([domain.ece for domain in self.domains])
 
     @property
+    def estimates(self) -> dict[str, Any]:
+        """Estimated errors with their 95 % intervals, means over the domains; empty where the method gives none."""
+        found = [domain.verdict for domain in self.domains if domain.verdict is not None]
+        if not found:
+            return {}
+        mean = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+        return _estimates(mean)
+
+    @property
     def pass_errors(self) -> list[float | None]:
         """Mean over the domains of each pass through the stream."""
         last = max((domain.number for domain in self.domains), default=0)
@@ -70,6 +80,7 @@ class RunReport:
             "images": self.images,
             "mean_error": self.mean_error,
             "mean_ece": self.mean_ece,
+            **self.estimates,
             "pass_errors": self.pass_errors,
             "held_mib": self.held_mib,
             "state_mib": self.state_mib,
@@ -85,6 +96,7 @@ class RunReport:
             "warnings": self.warnings,
             "domains": [
                 {"name": d.name, "severity": d.severity, "images": d.images, "error": d.error, "ece": d.ece}
+                | ({} if d.verdict is None else _estimates(d.verdict))
                 for d in self.domains
             ],
         }
@@ -125,6 +137,16 @@ def domains_from_dict(values: Mapping[str, Any]) -> list[DomainReport]:
         DomainReport(**{**row, "cumulative_error": curve.tolist()})
         for row, curve in zip(values["rows"], curves, strict=True)
     ]
+
+
+def _estimates(verdict: Mapping[str, float]) -> dict[str, Any]:
+    """The fields of a verdict as ``summary.json`` calls them."""
+    return {
+        "estimated_error": verdict["estimated_error"],
+        "estimated_interval": [verdict["low"], verdict["high"]],
+        "source_estimated_error": verdict["source_estimated_error"],
+        "source_estimated_interval": [verdict["source_low"], verdict["source_high"]],
+    }
 
 
 def _mean(values: list[float | None]) -> float | None:

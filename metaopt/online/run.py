@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -84,7 +84,9 @@ def run_stream(
             if on_batch is not None:
                 on_batch(home.name, home.severity, batch, logits)
             run.end_batch(batch)
-        run.domains += domain_reports(domain, run.score, run.shares, (number - 1) * visits)
+        found = domain_reports(domain, run.score, run.shares, (number - 1) * visits)
+        verdict = adapter.verdict()
+        run.domains += [replace(each, verdict=None if verdict is None else asdict(verdict)) for each in found]
         run.domain, run.batch = place + 1, 0
     run.collect_counts()
     run.decisions.show(run.steps)
@@ -247,6 +249,9 @@ class _Run:
         for text in self.adapter.warnings[self.warned :]:
             self.monitor.text("online/warnings", text, self.steps)
         self.warned = len(self.adapter.warnings)
+        if (verdict := self.adapter.verdict()) is not None:
+            for name in ("estimated_error", "source_estimated_error"):
+                self.monitor.scalar(f"online/{name}", getattr(verdict, name), self.steps)
         if self.loss is not None:
             self.monitor.scalar("online/loss", self.loss, self.steps)
         for name, count in self.adapter.events.items():

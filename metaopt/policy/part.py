@@ -14,7 +14,7 @@ terms      further terms of the loss, from states of their own   teacher (proxim
 settle     after an update                                       teacher (running mean, stochastic restore)
 rest       after a prediction without one                        batch statistics (what the stream is like)
 answer     from logits to the prediction                         class balance
-judge      after the batch: accept it, or roll back              update gate (what it remembers)
+judge      after the batch: accept it, or roll back              update gate (what it remembers), verdict
 ========== ===================================================== ==========================================
 
 Every act takes the batch's :class:`metaopt.policy.step.StepContext` and changes that alone; a part has those that its

@@ -100,11 +100,11 @@ class AdaptationPolicy(nn.Module):
     def known_shifts(self) -> frozenset[str]:
         """Names of the shifts that the policy was meta-trained or selected on: a score on those is no fair test.
 
-        Those of the policies that its training began with count too.
+        Those of the policies that its training began with count too, and those that a verdict was fitted on.
         """
         training, config = self.training, self.training.get("config", {})
-        listed = training.get("shifts", ()), training.get("start_shifts", ()), config.get("selection_shifts", ())
-        return frozenset(name for names in listed for name in names)
+        listed = [training.get(name, ()) for name in ("shifts", "start_shifts", "verdict_shifts")]
+        return frozenset(name for names in (*listed, config.get("selection_shifts", ())) for name in names)
 
     def attach(self, model: SourceModel) -> SourceModel:
         """The model that the method adapts: a skeleton of its own, which shares every tensor with the one given.

@@ -34,6 +34,7 @@ def _check_training(training: Any) -> None:
         raise ValueError("training.config holds no settings")
     for holder, name, fits, kind in (
         (training, "shifts", _is_texts, "list of names"),
+        (training, "verdict_shifts", _is_texts, "list of names"),
         (config, "selection_shifts", _is_texts, "list of names"),
         (config, "batch_size", lambda value: _is_count(value) and value > 0, "positive count"),
         (config, "sizes", _is_range_of_counts, "range of positive counts"),
