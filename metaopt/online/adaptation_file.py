@@ -57,7 +57,7 @@ def adaptation_to_dict(adaptation: Adaptation, policy: AdaptationPolicy) -> dict
         "events": dict(adaptation.events),
         "passes": adaptation.passes,
         "images": adaptation.images,
-        "dial": None if adaptation.dial is None else dict(adaptation.dial),
+        "dial": {} if adaptation.dial is None else dict(adaptation.dial),
     }
 
 
@@ -208,13 +208,15 @@ def _fitting(
 
 
 def _cost(values: Mapping[str, Any]) -> tuple[float, int, Mapping[str, Any] | None]:
-    """What the stream has cost, and what the dial remembers of it; files from before it was counted have neither."""
-    passes, images, dial = values.get("passes", 0.0), values.get("images", 0), values.get("dial")
+    """What the stream has cost, and what the dial remembers of it, if there is one."""
+    passes, images, dial = values["passes"], values["images"], values["dial"]
     if type(passes) is not float or not 0 <= passes < math.inf or not _is_count(images):
         raise ValueError(f"its passes are {passes!r:.80} over {images!r:.80} images, no counts")
-    if dial is not None:
+    if not isinstance(dial, dict):
+        raise ValueError(f"its dial is {dial!r:.80}, nothing by name")
+    if dial:
         ComputeDial(1).load_state_dict(dial)
-    return passes, images, dial
+    return passes, images, dial or None
 
 
 def _check_state(stored: Mapping[str, list[Tensor]], state: State, fresh: State) -> None:

@@ -54,7 +54,7 @@ BARE = (
 EXPERTS = ("recipe=experts", "parts.experts.bottleneck=2")
 VIEWS = "method.parts.teacher.views=2"
 PLAIN_TASKS = ("meta.clean=0", "meta.alternating=0", "meta.mixed=0")
-SMALL = (f"batch_size={BATCH}", "parts.class_skew=false", *PLAIN_TASKS)
+SMALL = (f"batch_size={BATCH}", "parts.class_skew=false", "parts.class_balance=true", *PLAIN_TASKS)
 POLICIES: dict[str, tuple[str, ...]] = {
     "default": SMALL,
     "gate": (*SMALL, "parts.update_gate.share=0.5"),
