@@ -166,6 +166,10 @@ def call_with(
             for role, own in table.items():
                 if own is not None and id(own) in standing_in:
                     swapped.append((table, role, own))
+    found = {id(own) for _, _, own in swapped}
+    for name in tensors if len(found) < len(standing_in) else ():
+        if id(own_tensor(model, name)) not in found:
+            raise AttributeError(f"{name} of {type(model).__name__} is no parameter or buffer, so nothing stands in")
     try:
         for table, role, own in swapped:
             table[role] = standing_in[id(own)]

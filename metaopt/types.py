@@ -52,6 +52,7 @@ class StepOutput:
     events: tuple[str, ...] = ()  # what parts did out of the ordinary, such as "restored"
     updated: bool = False  # whether the batch was updated on: no gate stayed closed and nothing refused it
     passes: float = 0.0  # of the network, counted for each image; with its backward pass, one counts twice
+    looked: float = 0.0  # of these, those of parts that only look on, once all is done
 
 
 class UpdateRule(Protocol):

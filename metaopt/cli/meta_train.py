@@ -18,9 +18,10 @@ from metaopt.cli.settings import MetaTrainSettings
 from metaopt.errors import ConfigError
 from metaopt.evaluation import Monitor, closing_table, progress
 from metaopt.files import atomic_write_text, ensure_writable_folder, new_folder
-from metaopt.meta import MetaTrainer, fit_verdict
+from metaopt.meta import MetaTrainer
 from metaopt.meta.report import MetaReport, report_on_unseen_tasks
 from metaopt.meta.resume import load_run, save_run
+from metaopt.meta.train import finished_policy
 from metaopt.policy import AdaptationPolicy
 
 CHECKPOINT = Path("ckpt.pt")  # in the current folder: that of the last run; each run's own folder has one too
@@ -43,9 +44,7 @@ def run(settings: MetaTrainSettings, overrides: Sequence[str]) -> None:
     started = time.monotonic()
     with Monitor(out, resume_step=trainer.progress.updates + 1 if settings.resume else 0) as trainer.monitor:
         train(trainer, out / "last.pt", settings.stop_after, overrides)
-        policy = trainer.best_policy()
-        if policy.part("verdict") is not None:
-            fit_verdict(model, policy, images, shifts=config.shifts, seed=config.seed)
+        policy = finished_policy(trainer)
         for path in (out / CHECKPOINT.name, CHECKPOINT):
             policy.save(path)
         summary: dict[str, Any] = {"model": settings.model.name, "seed": config.seed, **policy.training}

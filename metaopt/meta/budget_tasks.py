@@ -19,7 +19,8 @@ from metaopt.evaluation.meter import MIB
 from metaopt.meta.precision_gradient import BudgetTask
 from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy
-from metaopt.policy.step import evaluate_on, loss_of
+from metaopt.policy.step import loss_of
+from metaopt.policy.without_step import evaluate_on
 from metaopt.types import Parameters
 
 LEAST_BUDGET = 1.1  # of the budgets that tasks have, times what a step holds at the cheapest precisions

@@ -12,7 +12,8 @@ from metaopt.optimizers.update import InPlaceApply
 from metaopt.parameters import detached
 from metaopt.policy.policy import AdaptationPolicy
 from metaopt.policy.state import State
-from metaopt.policy.step import adaptation_step, evaluate_on
+from metaopt.policy.step import adaptation_step
+from metaopt.policy.without_step import evaluate_on
 from metaopt.types import Parameters
 
 

@@ -13,7 +13,7 @@ from metaopt.meta.selection import held_out_tasks
 from metaopt.meta.tasks import Task
 from metaopt.meta.trainer import MetaTrainer
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
-from metaopt.policy.step import evaluate_on
+from metaopt.policy.without_step import evaluate_on
 
 LONGEST = 8  # adaptation steps of a report's tasks, where meta-training unrolled as many
 SEED = 1  # of the report's tasks; those of model selection have another one

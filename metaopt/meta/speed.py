@@ -17,7 +17,7 @@ from metaopt.meta.unroll import UnrollConfig
 from metaopt.optimizers.backends import BACKENDS, build_backend
 from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import detached
-from metaopt.policy.step import evaluate_on
+from metaopt.policy.without_step import evaluate_on
 
 # Meta-loss, and whether the teacher's view is cached or predicted anew for each augmented batch.
 LOSSES = {

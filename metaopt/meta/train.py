@@ -51,7 +51,23 @@ def meta_train(
         source, validate_images(images, source.spec.channels).to(source.mean.device), shifts, config, start=start
     )
     with progress(config.total_unrolls, "Meta-training", quiet=quiet) as bar:
-        policy = trainer.run(on_unroll=lambda loss: bar.update(loss=loss))
+        trainer.run(on_unroll=lambda loss: bar.update(loss=loss))
+    return finished_policy(trainer, shifts, quiet=quiet)
+
+
+def finished_policy(
+    trainer: MetaTrainer, shifts: Sequence[str | Shift] | None = None, *, quiet: bool = False
+) -> AdaptationPolicy:
+    """The policy that meta-training gives, with what can only be learned once it is there: the part ``verdict``.
+
+    Args:
+        trainer: it has run.
+        shifts: what a verdict learns from; None: the configuration's, or its own.
+        quiet: show no progress bar.
+    """
+    policy, config = trainer.best_policy(), trainer.config
     if policy.part("verdict") is not None:
-        fit_verdict(source, policy, trainer.images, shifts=shifts or config.shifts, seed=config.seed, quiet=quiet)
+        fit_verdict(
+            trainer.model, policy, trainer.images, shifts=shifts or config.shifts, seed=config.seed, quiet=quiet
+        )
     return policy

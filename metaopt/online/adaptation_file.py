@@ -37,9 +37,9 @@ class Adaptation(NamedTuple):
     waiting: Tensor | None  # images that wait for an update
     least: int  # that one is made on
     seed: int  # of augmented views
-    passes: float = 0.0  # of the network, counted for each image
-    images: int = 0  # answered
-    dial: Mapping[str, Any] | None = None  # what the compute dial remembers; None: there is none
+    passes: float  # of the network, counted for each image
+    images: int  # answered
+    dial: Mapping[str, Any] | None  # what the compute dial remembers; None: there is none
 
 
 def adaptation_to_dict(adaptation: Adaptation, policy: AdaptationPolicy) -> dict[str, Any]:

@@ -197,6 +197,7 @@ class Adapted:
             self.passes, self.images = found.passes, found.images
             if self.dial is not None:
                 self.dial.reset()
-                self.dial.load_state_dict(self.dial.state_dict() if found.dial is None else found.dial)
+                if found.dial is not None:
+                    self.dial.load_state_dict(found.dial)
             self.events.clear()
             self.events.update(found.events)

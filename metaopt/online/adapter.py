@@ -22,7 +22,8 @@ from metaopt.optimizers.update import NONFINITE, InPlaceApply, gradients_of, is_
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.pruning import Pruning
 from metaopt.policy.precision import run_network
-from metaopt.policy.step import adaptation_step, evaluate_on, loss_of, predict_on
+from metaopt.policy.step import adaptation_step, loss_of
+from metaopt.policy.without_step import evaluate_on, predict_on
 from metaopt.types import StepOutput
 
 BROKEN = "broken_images"  # event: some of the batch are no images, and were left out
@@ -171,7 +172,7 @@ class OnlineAdapter(Adapted):
             self.updates += output.updated
             self.passes, self.images = self.passes + output.passes, self.images + len(images)
             if self.dial is not None:
-                self.dial.take(len(images), output.passes, 0 if gathered is None else len(gathered), output.updated)
+                self.dial.take(len(images), output, 0 if gathered is None else len(gathered))
             self.watch.see(logits)
         loss = None if output.loss is None else output.loss.detach()
         terms = {name: value.detach() for name, value in output.terms.items()}

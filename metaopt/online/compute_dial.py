@@ -25,6 +25,7 @@ from typing import Any
 from metaopt.errors import ConfigError, check_range
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.step import DIFFERENTIATED, StepContext
+from metaopt.types import StepOutput
 
 AHEAD = 10  # batches of a domain whose compute may be spent at its beginning
 LONGEST = 2.5  # times the rule's own step
@@ -90,20 +91,19 @@ class ComputeDial:
         self._allowed = spent, images
         return True
 
-    def take(self, images: int, passes: float, stepped: int, updated: bool) -> None:
+    def take(self, images: int, output: StepOutput, stepped: int) -> None:
         """Take from the bucket what an answer has cost.
 
         Args:
             images: that were answered.
-            passes: counted for each image.
+            output: the answer.
             stepped: images of the step that it came with; 0 while more are waited for.
-            updated: whether an update was made.
         """
         spent, learned_from = self._allowed
-        if updated and learned_from:
-            self.price = (passes - spent) / learned_from
+        if output.updated and learned_from:
+            self.price = (output.passes - output.looked - spent) / learned_from
         self._allowed = 0.0, 0
-        self.saved += self.compute * images - passes
+        self.saved += self.compute * images - output.passes
         if stepped:
             self.saved, self.age = min(self.saved, self.price * stepped), self.age + 1
 

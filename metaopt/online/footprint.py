@@ -19,7 +19,8 @@ from metaopt.models import SourceModel
 from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import detached, flatten, own_values
 from metaopt.policy import AdaptationPolicy
-from metaopt.policy.step import evaluate_on, loss_of
+from metaopt.policy.step import loss_of
+from metaopt.policy.without_step import evaluate_on
 from metaopt.types import Parameters
 
 

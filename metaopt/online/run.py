@@ -84,10 +84,7 @@ def run_stream(
             if on_batch is not None:
                 on_batch(home.name, home.severity, batch, logits)
             run.end_batch(batch)
-        found = domain_reports(domain, run.score, run.shares, (number - 1) * visits)
-        verdict = adapter.verdict()
-        run.domains += [replace(each, verdict=None if verdict is None else asdict(verdict)) for each in found]
-        run.domain, run.batch = place + 1, 0
+        run.end_domain(domain, place, (number - 1) * visits)
     run.collect_counts()
     run.decisions.show(run.steps)
     return run.report()
@@ -259,6 +256,14 @@ class _Run:
 
     def _new_score(self) -> DomainScore:
         return DomainScore(self.adapter.model.num_classes)
+
+    def end_domain(self, domain: Domain, place: int, passes_before: int) -> None:
+        """What is reported of a domain, the ``place``-th of the stream, once all its batches are answered."""
+        verdict = self.adapter.verdict()
+        told = None if verdict is None else asdict(verdict)
+        found = domain_reports(domain, self.score, self.shares, passes_before)
+        self.domains += [replace(each, verdict=told) for each in found]
+        self.domain, self.batch = place + 1, 0
 
     def collect_counts(self) -> None:
         """Take over the adapter's counters before it is reset."""

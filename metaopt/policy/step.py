@@ -156,8 +156,10 @@ def _stepped(
     if not output.updated and (NONFINITE in context.events or not bool(torch.isfinite(output.logits).all())):
         # What such a batch has touched would stay NaN: it leaves nothing behind, and counts for no part.
         return *before, replace(output, signals={}, events=(NONFINITE,))
+    done = sum(context.passes)
     for part in context.acting("judge"):
         part.judge(context, output)
+    output = replace(output, looked=sum(context.passes) - done)
     told = {name: signal for name, signal in context.signals.items() if signal.ndim == 0}
     output = replace(output, signals=told, events=tuple(context.events))
     return context.parameters, context.state, output
@@ -278,24 +280,6 @@ def weigh(context: StepContext, logits: Tensor) -> Tensor | None:
     return weights
 
 
-def evaluate_on(
-    policy: AdaptationPolicy,
-    model: nn.Module,
-    parameters: Parameters,
-    images: Tensor,
-    state: State | None = None,
-    position: int = 0,
-    few: bool = False,
-) -> StepOutput:
-    """Predict and weigh the loss without a step, in a fresh state by default; arguments of :func:`adaptation_step`.
-
-    With ``few`` the images are too few to tell what their domain is like: what the stream has told counts beside them.
-    """
-    state = policy.init(parameters) if state is None else state
-    with network_alone_autocasts(images.device.type) as autocast:
-        return evaluate(StepContext(policy, model, parameters, state, images, position, few=few, autocast=autocast))
-
-
 def augmented(context: StepContext) -> Tensor:
     """Another view of the batch's images, the same whenever it is asked for."""
     return augmented_by(context.images, generator_for("view", context.policy.seed, context.position))
@@ -306,26 +290,6 @@ def augmented_by(images: Tensor, randomness: torch.Generator) -> Tensor:
     from metaopt.objectives.views import augmented_view
 
     return augmented_view(images, randomness)
-
-
-def predict_on(
-    policy: AdaptationPolicy,
-    model: nn.Module,
-    parameters: Parameters,
-    images: Tensor,
-    state: State,
-    remember: bool = False,
-) -> tuple[State, StepOutput]:
-    """Predict on a few images alone, without a step or a loss; arguments of :func:`adaptation_step`.
-
-    With ``remember`` the state that is given back knows what they told of the stream.
-    """
-    with network_alone_autocasts(images.device.type) as autocast:
-        context = StepContext(policy, model, parameters, state, images, few=True, autocast=autocast)
-        output = predict(context)
-        if remember and bool(torch.isfinite(output.logits).all()):
-            rest(context)
-        return context.state, replace(output, passes=sum(context.passes))
 
 
 def predict(context: StepContext) -> StepOutput:

@@ -14,7 +14,7 @@ from metaopt.optimizers.update import gradients_of
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.batch_statistics import BatchStatistics
 from metaopt.policy.state import detached_state
-from metaopt.policy.step import evaluate_on
+from metaopt.policy.without_step import evaluate_on
 
 from .cases import (
     ALL_TERMS,

@@ -22,9 +22,9 @@ from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import adapted_layout, detached
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.parts.pruning import LEARNED, Pruning, PruningConfig
-from metaopt.policy.step import evaluate_on
 from metaopt.policy.step import loss_of as loss_from
 from metaopt.policy.untrained import DEFAULT_PARTS
+from metaopt.policy.without_step import evaluate_on
 
 from ..tiny import random_images, tiny_config, tiny_model, tiny_policy
 

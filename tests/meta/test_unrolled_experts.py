@@ -22,7 +22,8 @@ from metaopt.policy.part import Part
 from metaopt.policy.parts.batch_statistics import BatchStatistics
 from metaopt.policy.parts.experts import ExpertsPart, ExpertsPartConfig
 from metaopt.policy.parts.teacher import Teacher, TeacherConfig
-from metaopt.policy.step import adaptation_step, evaluate_on
+from metaopt.policy.step import adaptation_step
+from metaopt.policy.without_step import evaluate_on
 from metaopt.types import Parameters
 
 from ..experts.families import stir

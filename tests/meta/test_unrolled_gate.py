@@ -11,7 +11,8 @@ from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.update_gate import UpdateGate, next_state
 from metaopt.policy.state import detached_state
-from metaopt.policy.step import StepContext, decision, evaluate_on, meet
+from metaopt.policy.step import StepContext, decision, meet
+from metaopt.policy.without_step import evaluate_on
 
 from .cases import ALL_TERMS, TeacherLoss, mean_loss, policy_for, start, take, task, tiny_resnet
 

@@ -9,7 +9,8 @@ from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.restoration import Restoration, RestorationConfig
 from metaopt.policy.state import detached_state
-from metaopt.policy.step import StepContext, evaluate_on, meet
+from metaopt.policy.step import StepContext, meet
+from metaopt.policy.without_step import evaluate_on
 
 from .cases import ALL_TERMS, MODELS, TeacherLoss, policy_for, start, take, task
 from .test_meta_gradient import check_against_differences

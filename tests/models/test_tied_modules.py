@@ -85,3 +85,14 @@ def test_a_policy_of_it_is_accepted(net: Tied) -> None:
     adapter = metaopt.OnlineAdapter(net, policy)
     assert adapter(IMAGES).shape == (12, 5)
     metaopt.OnlineAdapter(net, policy)
+
+
+def test_a_name_of_no_parameter_and_no_buffer_is_refused_and_nothing_stays_swapped(net: Tied) -> None:
+    net.scale = torch.ones(())  # plain, so that nothing could stand in for it
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    stand_ins = {"n.weight": 2 * net.n.weight.detach(), "scale": torch.zeros(())}
+    with pytest.raises(AttributeError, match="scale of Tied is no parameter or buffer"):
+        call_with(net, stand_ins, (IMAGES,))
+    with pytest.raises(AttributeError):
+        call_with(net, {"absent.weight": net.n.weight}, (IMAGES,))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

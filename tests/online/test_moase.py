@@ -20,7 +20,7 @@ from metaopt.online import OnlineAdapter
 from metaopt.online.footprint import Case, measure_footprint
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.parts.teacher import TeacherConfig
-from metaopt.policy.step import evaluate_on
+from metaopt.policy.without_step import evaluate_on
 
 from ..experts.families import build
 from ..tiny import BARE, tiny_net

@@ -19,8 +19,9 @@ from metaopt.policy import AdaptationPolicy, MethodConfig, build_method, transfe
 from metaopt.policy.part import Part
 from metaopt.policy.parts.initialization import Initialization, InitializationConfig
 from metaopt.policy.parts.restoration import Restoration, RestorationConfig
-from metaopt.policy.step import StepContext, evaluate_on
+from metaopt.policy.step import StepContext
 from metaopt.policy.untrained import DEFAULT_PARTS
+from metaopt.policy.without_step import evaluate_on
 from metaopt.types import Parameters
 
 from ..meta.cases import GRADIENTS, MODELS, TeacherLoss, images, policy_for, start, task

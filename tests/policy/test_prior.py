@@ -17,8 +17,8 @@ from metaopt.optimizers.update import gradients_of
 from metaopt.parameters import detached
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method, transferred
 from metaopt.policy.parts.batch_statistics import BatchStatistics, BatchStatisticsConfig
-from metaopt.policy.step import evaluate_on
 from metaopt.policy.untrained import DEFAULT_PARTS
+from metaopt.policy.without_step import evaluate_on
 from metaopt.types import Parameters
 
 from ..meta.cases import GRADIENTS, TeacherLoss, policy_for, start, task, tiny_resnet, tiny_vit

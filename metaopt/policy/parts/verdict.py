@@ -16,7 +16,8 @@ that a regression of error on signals learns from: Deng and Zheng, CVPR 2021. He
 
 for each of the two models, learned on clean unlabeled images under shifts of our own (`metaopt.meta.verdict`). The
 interval has 95 %: the spread is that of shifts that the regression was not fitted on, and the lower end also counts
-with a source that is right about all its clean images. No prediction changes by it.
+with a source that is right about all its clean images. No prediction changes by it, but where a compute dial has to pay
+for its passes too.
 """
 
 import math
@@ -114,6 +115,7 @@ class VerdictPart(Part):
         with torch.no_grad():
             if int(state.batches) % config.every == 0:
                 own = own_values(context.model, context.parameters)
+                context.count(context.images, {})
                 source = run_network(context.model, own, context.images, {}, context.autocast).logits
             seen = after(state, output.logits.detach(), source, config.window, config.window / config.every)
         context.remember(self.name, seen)

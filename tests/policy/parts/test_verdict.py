@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from metaopt.errors import ConfigError
-from metaopt.online import OnlineAdapter
+from metaopt.online import OnlineAdapter, Progress, run_stream
 from metaopt.policy import AdaptationPolicy
 from metaopt.policy.parts.verdict import CELL, EDGE, EVEN, VerdictConfig, VerdictPart, after, nothing_seen, signals
 
+from ...online.test_progress import scored, stream_for
 from ...tiny import BARE, assert_goes_on, random_images, tiny_model, tiny_policy
 
 STREAM = [random_images(8, seed) for seed in range(8)]
@@ -134,6 +136,7 @@ def test_no_prediction_and_no_parameter_changes_by_it() -> None:
 @pytest.mark.parametrize("every", [1, 3, 5])
 def test_it_costs_one_forward_pass_in_every_few_batches(every: int) -> None:
     passes: dict[str, int] = {"judged": 0, "plain": 0}
+    counted: dict[str, float] = {}
     for name, part in (("judged", fitted(every=every)), ("plain", None)):
         found = OnlineAdapter(tiny_model(), policy_with(part))
 
@@ -143,7 +146,36 @@ def test_it_costs_one_forward_pass_in_every_few_batches(every: int) -> None:
         found.model.module.get_submodule("conv1").register_forward_hook(count)
         for images in STREAM:
             found(images)
+        counted[name] = found.passes
     assert passes["judged"] - passes["plain"] == math.ceil(len(STREAM) / every)
+    assert counted["judged"] - counted["plain"] == 8 * math.ceil(len(STREAM) / every)
+
+
+def test_a_dial_pays_for_it_and_takes_no_update_for_dearer() -> None:
+    judged, plain = (OnlineAdapter(tiny_model(), policy_with(p), compute=1.5) for p in (fitted(every=2), None))
+    for images in STREAM:
+        judged(images)
+        plain(images)
+        assert judged.dial is not None and plain.dial is not None
+        assert judged.dial.price == plain.dial.price
+    assert judged.updates < plain.updates
+
+
+def test_a_stopped_run_goes_on_with_it() -> None:
+    def made() -> OnlineAdapter:
+        return adapter(fitted(every=2, window=20))
+
+    kept: list[dict[str, Any]] = []
+    progress = Progress(kept.append, every=1)
+    whole = run_stream(made(), stream_for(made()), batch_size=8, progress=progress)
+    assert whole.estimates
+    for state in kept[:-1]:
+        found = made()
+        progress = Progress(lambda _: None, resume=state)
+        assert scored(run_stream(found, stream_for(found), batch_size=8, progress=progress)) == scored(whole)
+    again = made()
+    run_stream(again, stream_for(again), batch_size=8)
+    assert scored(run_stream(again, stream_for(again), batch_size=8)) == scored(whole)
 
 
 def test_it_sees_the_source_itself() -> None:
