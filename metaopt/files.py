@@ -238,6 +238,8 @@ def _would_run_code(path: Path, message: str) -> bool:
 
 def _broken(source: Path, error: Exception) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [""])[0][:120]
+    if isinstance(error, pickle.UnpicklingError):  # torch's advice is to load it as code
+        reason = "it holds no tensors"
     return CheckpointError(
         f"'{source}' is no readable file of torch.save ({type(error).__name__}: {reason}); write or download it again"
     )

@@ -43,7 +43,7 @@ class MemoryConfig:
         budget = self.budget_mib
         if budget is None:
             return
-        check_positive("budget_mib", budget, "64")
+        check_positive("budget_mib", budget, "64, or 0 in deployment for forward passes alone")
         if self.memory in ("dense", "exact"):
             raise ConfigError(
                 f"budget_mib={budget:g} does not go with memory={self.memory}, which leaves no choice; allowed are "
