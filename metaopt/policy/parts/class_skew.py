@@ -18,6 +18,12 @@ shares :math:`\pi` of what it looked at in a domain; the more classes were there
 and C: `metaopt.models.class_variation`. The scales s are learned. Networks without BatchNorm are never looked at.
 Where passes are to be saved (`metaopt.online.compute_dial`), a look goes by every so-many-th image of a large batch.
 
+The cautious answer takes the batch for what it is: its predictions at temperature T are corrected for the class prior
+:math:`\pi` that is likeliest for them, beside an even one that counts as one image (Saerens et al., Neural Computation
+2002, equation 2.4; the temperature, for networks are too sure under a shift, as in Alexandari et al., ICML 2020),
+
+.. math:: z' = z / T + \log \pi, \qquad \pi_k = \frac{\sum_i \mathrm{softmax}(z'_i)_k + 1/C}{n + 1}.
+
 Neighbouring batches of a stream that is sorted by class lie far from each other without any shift of domain. While
 batches are skewed, distances count for less by the design effect :math:`1 + (n - 1) \rho` of n images of one class,
 with :math:`\rho` the share of classes in the variance of what the shift distance looks at, on clean images.
@@ -26,15 +32,14 @@ with :math:`\rho` the share of classes in the variance of what the shift distanc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Binomial
 
 from metaopt.errors import ConfigError, check_positive, check_range
 from metaopt.models import ChannelMoments, Shrinkage, SourceModel, merged_moments, prior_layers
+from metaopt.models.class_shares import concentration, evenness, mean_entropy, with_own_prior
 from metaopt.models.class_variation import class_variation, variation
 from metaopt.parameters import adapted_layout, own_values
 from metaopt.policy.part import LayeredPart
@@ -75,6 +80,7 @@ class ClassSkewConfig:
     slope: float = (
         0.13  # by how much more sure, in shares of log C, the cautious pass has to be for an e that is larger by 1
     )
+    temperature: float | None = 2.5  # T of what is corrected for the batch's class prior; None: nothing is
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
@@ -84,6 +90,8 @@ class ClassSkewConfig:
                 f"class_skew.evenness is {self.evenness}; allowed is 0 < evenness < 1, or class_skew=false: set 0.6"
             )
         check_positive("class_skew.slope", self.slope, "0.13")
+        if self.temperature is not None:
+            check_positive("class_skew.temperature", self.temperature, "2.5")
 
 
 class ClassSkew(LayeredPart):
@@ -158,13 +166,17 @@ class ClassSkew(LayeredPart):
         context.signals.setdefault("skewed", torch.ones_like(state.skewed) if unseen else state.skewed)
 
     def predict(self, context: StepContext) -> Tensor | None:
-        """The cautious answer of a skewed batch."""
+        """The cautious answer of a skewed batch, for the classes that it holds."""
         if not bool(context.signals["skewed"]):
             return None
         look = context.notes.get(self.name)
         if look is None or len(look.logits) < len(context.images) or torch.is_grad_enabled():
-            return self._cautious(context).logits
-        return look.logits
+            logits = self._cautious(context).logits
+        else:
+            logits = look.logits
+        if self.config.temperature is None or (look is None and int(context.state[self.name].batches) == 0):
+            return logits  # nobody has looked yet
+        return with_own_prior(logits / self.config.temperature)
 
     def judge(self, context: StepContext, output: StepOutput) -> None:
         """Remember what was seen."""
@@ -252,45 +264,3 @@ class ClassSkew(LayeredPart):
 def _counted(state: SkewState, images: int) -> Tensor:
     """For how many images those remembered count beside a batch, ()."""
     return state.moments.count.clamp(max=max(WINDOW - images, 0.0))
-
-
-def concentration(shares: Tensor, weight: Tensor) -> Tensor:
-    r"""g in [0, 1], (): 1 where all images are of one class, 0 where the classes are even.
-
-    Args:
-        shares: of each class in the images before, (C,); empty without any.
-        weight: their share of all images, (); the others are taken for one class, the most frequent one.
-    """
-    if shares.numel() == 0:
-        return weight.new_ones(())
-    pooled = weight * shares
-    pooled[shares.argmax()] += 1 - weight
-    even = 1 / len(shares)
-    return ((pooled.square().sum() - even) / (1 - even)).clamp(0, 1)
-
-
-def evenness(logits: Tensor) -> float:
-    """Effective classes of a batch's mean prediction, over what as many images of even classes would show.
-
-    Args:
-        logits: (B, C); images with NaN count for nothing.
-    """
-    probabilities = logits.softmax(dim=1)
-    probabilities = probabilities[torch.isfinite(probabilities).all(dim=1)]
-    if len(probabilities) == 0:
-        return 1.0
-    entropy = float(torch.special.entr(probabilities.mean(dim=0)).sum())
-    return math.exp(entropy - expected_entropy(len(probabilities), logits.shape[1]))
-
-
-def mean_entropy(logits: Tensor) -> float:
-    """Of the predictions of a batch, (B, C), in nats; images with NaN count for nothing."""
-    return float(torch.special.entr(logits.softmax(dim=1)).sum(dim=1).nanmean())
-
-
-@cache
-def expected_entropy(images: int, classes: int) -> float:
-    """E[H_n]: of the shares of n images whose classes are drawn evenly from C, in nats; exact, by the binomial."""
-    count = torch.arange(1, images + 1, dtype=torch.float64)
-    log_chance = Binomial(images, torch.tensor(1 / classes, dtype=torch.float64)).log_prob(count)
-    return float(-(classes * log_chance.exp() * (count / images) * (count / images).log()).sum())

@@ -14,18 +14,11 @@ from metaopt.data import load_digits
 from metaopt.errors import ConfigError
 from metaopt.meta import MetaTrainer
 from metaopt.models import Shrinkage, SourceModel, prior_layers
+from metaopt.models.class_shares import concentration, evenness, expected_entropy, with_own_prior
 from metaopt.models.class_variation import class_variation, variation
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
-from metaopt.policy.parts.class_skew import (
-    ClassSkew,
-    ClassSkewConfig,
-    Look,
-    SkewState,
-    concentration,
-    evenness,
-    expected_entropy,
-)
+from metaopt.policy.parts.class_skew import ClassSkew, ClassSkewConfig, Look, SkewState
 from metaopt.policy.parts.restoration import Restoration
 from metaopt.policy.step import StepContext
 from metaopt.policy.untrained import new_policy
@@ -72,6 +65,28 @@ def test_concentration_is_1_of_one_class_and_0_of_even_ones() -> None:
     assert concentration(torch.tensor([1.0, 0, 0, 0]), one) == 1
     # Half even, half taken for one class: shares 5/8, 1/8, 1/8, 1/8.
     assert concentration(even, torch.tensor(0.5)) == pytest.approx(((25 + 3) / 64 - 0.25) / 0.75, abs=1e-6)
+
+
+def test_the_batchs_own_prior_is_the_likeliest_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(30, 4, generator=generator, dtype=torch.float64) + torch.tensor([2.0, 1.0, 0.0, 0.0])
+    found = with_own_prior(logits)
+    prior = (found - logits)[0].exp()
+    torch.testing.assert_close(found - logits, prior.log().expand(30, 4))
+    assert float(prior.sum()) == pytest.approx(1)
+
+    def objective(pi: Tensor) -> float:
+        """Log likelihood of the batch, and of a quarter of an image of each class."""
+        return float((logits.softmax(1) @ pi).log().sum() + (pi.log() / 4).sum())
+
+    for k, j in itertools.permutations(range(4), 2):  # no move of mass between two classes is any better
+        moved = prior.clone()
+        moved[k], moved[j] = moved[k] + 1e-3 * prior[j], moved[j] - 1e-3 * prior[j]
+        assert objective(moved) < objective(prior)
+    spoiled = torch.cat([logits, torch.full((1, 4), torch.nan, dtype=torch.float64)])
+    torch.testing.assert_close(with_own_prior(spoiled)[:30], found)
+    alone = logits[:1]
+    assert torch.equal(with_own_prior(alone).argmax(1), alone.argmax(1))  # one image tells nothing of its neighbours
 
 
 def test_variation_between_images_and_between_classes_without_chance() -> None:
@@ -158,7 +173,7 @@ def test_a_skewed_batch_is_answered_with_caution_and_not_learned_from() -> None:
     images, _ = digits(3)
     policy, part = adapter.policy, adapter.policy.part("class_skew")
     look = part._look(StepContext(policy, adapter.model, before, policy.init(before), images))
-    assert look.skewed and torch.equal(adapter(images), look.logits)
+    assert look.skewed and torch.equal(adapter(images), with_own_prior(look.logits / 2.5))
     assert adapter.events["skewed"] == 1 and adapter.updates == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.parameters.items())
     adapter(digits(None)[0])
@@ -173,8 +188,10 @@ def test_on_a_stream_sorted_by_class_it_is_near_the_source_where_batch_statistic
         return 100 * sum(wrong) / sum(len(labels) for _, labels in streams)
 
     source = error(OnlineAdapter(trained_model(), build_method(MethodConfig("source"))))
-    watching = error(OnlineAdapter(trained_model(), digits_policy(class_skew=True)))
-    assert watching < source + 1
+    watching, uncorrected = (
+        error(OnlineAdapter(trained_model(), digits_policy(class_skew={"temperature": value}))) for value in (2.5, None)
+    )
+    assert uncorrected < source + 1 and watching < uncorrected - 5
     assert error(OnlineAdapter(trained_model(), digits_policy())) > source + 5
 
 
@@ -280,6 +297,7 @@ def test_meta_training_learns_the_scales_where_they_are_not_frozen(frozen: tuple
         ({"every": 0}, "class_skew.every is 0"),
         ({"evenness": 1.0}, "class_skew.evenness is 1.0; allowed is 0 < evenness < 1"),
         ({"slope": 0.0}, "class_skew.slope is 0.0"),
+        ({"temperature": 0.0}, "class_skew.temperature is 0.0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, float], words: str) -> None:
