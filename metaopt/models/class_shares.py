@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
-ROUNDS = 50  # of the iteration for the class prior
+ROUNDS = 20  # of the iteration for the class prior: more change no answer
 
 
 def concentration(shares: Tensor, weight: Tensor) -> Tensor:
@@ -31,8 +31,7 @@ def evenness(logits: Tensor) -> float:
     Args:
         logits: (B, C); images with NaN count for nothing.
     """
-    probabilities = logits.softmax(dim=1)
-    probabilities = probabilities[torch.isfinite(probabilities).all(dim=1)]
+    probabilities = _whole(logits)
     if len(probabilities) == 0:
         return 1.0
     entropy = float(torch.special.entr(probabilities.mean(dim=0)).sum())
@@ -40,22 +39,66 @@ def evenness(logits: Tensor) -> float:
 
 
 def with_own_prior(logits: Tensor) -> Tensor:
-    r"""z + log pi, (B, C), with the class prior pi that is likeliest for the batch, by expectation maximisation.
+    r"""z + log pi, (B, C), with the class prior pi that is likeliest for the batch (:func:`own_prior`).
 
     Args:
-        logits: z, (B, C), of a model whose own prior is even; pi is constant in them, and images with NaN count for
-            nothing in it.
+        logits: z, (B, C), of a model whose own prior is even; pi is constant in them.
     """
-    with torch.no_grad():
-        probabilities = logits.detach().softmax(dim=1)
-        probabilities = probabilities[torch.isfinite(probabilities).all(dim=1)]
-        images, classes = probabilities.shape
-        prior = logits.new_full((classes,), 1 / classes)
-        for _ in range(ROUNDS):
-            corrected = probabilities * prior
-            corrected = corrected / corrected.sum(dim=1, keepdim=True)
-            prior = (corrected.sum(dim=0) + 1 / classes) / (images + 1)
-    return logits + prior.log()
+    return logits + own_prior(logits.detach()).log()
+
+
+def own_prior(logits: Tensor) -> Tensor:
+    """The likeliest class prior of a batch, (C,), by expectation maximisation, beside an even one of one image.
+
+    Args:
+        logits: (B, C); images with NaN count for nothing.
+    """
+    probabilities = _whole(logits)
+    images, classes = probabilities.shape
+    even = 1 / classes
+    prior = logits.new_full((classes,), even)
+    for _ in range(ROUNDS):
+        counts = prior * ((probabilities @ prior).reciprocal() @ probabilities)
+        prior = (counts + even) / (images + 1)
+    return prior
+
+
+def uneven(logits: Tensor, certainty: float) -> bool:
+    r"""Whether classes are drawn unevenly, by a likelihood ratio test of the likeliest prior against an even one.
+
+    Of even classes, twice the logarithm of the ratio is distributed as :math:`\chi^2` with C - 1 degrees of freedom
+    (Wilks, 1938), where there are more images than classes; of fewer images it is smaller, and the test careful.
+
+    Args:
+        logits: (B, C); images with NaN count for nothing.
+        certainty: the share of batches of even classes that pass for even.
+    """
+    classes = logits.shape[1]
+    ratio = float((_whole(logits) @ (own_prior(logits) * classes)).log().sum().clamp_min(0))
+    half = torch.tensor(
+        [(classes - 1) / 2, ratio], dtype=torch.float64
+    )  # of the degrees of freedom, and of the statistic
+    return bool(torch.special.gammainc(half[0], half[1]) > certainty)
+
+
+def leaning(shares: Tensor, logits: Tensor, step: Tensor) -> Tensor:
+    """What a model leans to after a batch, (C,): predictions that are divided by it are even in the mean.
+
+    Args:
+        shares: before it, (C,); empty: it leaned to nothing.
+        logits: (B, C); images with NaN count for nothing.
+        step: how far to go to what makes the batch alone even, in [0, 1], ().
+    """
+    classes = logits.shape[1]
+    known = (logits.new_full((classes,), 1 / classes) if shares.numel() == 0 else shares).log()
+    left = (logits - known).softmax(dim=1).nanmean(dim=0)
+    return (known + step * left.log()).softmax(dim=0)
+
+
+def _whole(logits: Tensor) -> Tensor:
+    """Probabilities of the images without NaN."""
+    probabilities = logits.softmax(dim=1)
+    return probabilities[torch.isfinite(probabilities).all(dim=1)]
 
 
 def mean_entropy(logits: Tensor) -> float:

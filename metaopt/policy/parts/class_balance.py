@@ -50,8 +50,9 @@ class ClassBalance(Part):
         return "class_balance, which corrects by what each batch as a whole is predicted to hold"
 
     def answer(self, context: StepContext, logits: Tensor) -> Tensor:
-        """z' of a batch's logits z, (B, C); z of one that is known to hold a few classes (`class_skew`)."""
-        return logits if bool(context.signals.get("skewed", False)) else self.corrected(logits)
+        """z' of a batch's logits z, (B, C); z of one whose classes are known not to be even (`class_skew`)."""
+        known = any(bool(context.signals.get(name, False)) for name in ("skewed", "uneven"))
+        return logits if known else self.corrected(logits)
 
     def corrected(self, logits: Tensor) -> Tensor:
         """The same without a step."""

@@ -15,14 +15,22 @@ with mean entropies :math:`\bar H` of both passes' predictions, the batch is *sk
 update is made, and each of the next ``every`` batches is looked at too. The part remembers the statistics and the class
 shares :math:`\pi` of what it looked at in a domain; the more classes were there, the less need of caution:
 :math:`g = (\sum_k \pi_k^2 - 1/C) / (1 - 1/C)`, with the present batch taken for one of the most frequent class. F, A
-and C: `metaopt.models.class_variation`. The scales s are learned. Networks without BatchNorm are never looked at.
-Where passes are to be saved (`metaopt.online.compute_dial`), a look goes by every so-many-th image of a large batch.
+and C: `metaopt.models.class_variation`. The scales s are learned. Networks without BatchNorm are never
+looked at. Where passes are to be saved (`metaopt.online.compute_dial`), a look goes by every so-many-th image of a
+large batch.
 
-The cautious answer takes the batch for what it is: its predictions at temperature T are corrected for the class prior
-:math:`\pi` that is likeliest for them, beside an even one that counts as one image (Saerens et al., Neural Computation
-2002, equation 2.4; the temperature, for networks are too sure under a shift, as in Alexandari et al., ICML 2020),
+Such an answer is the mean of the logits of both passes, for the one knows the classes and the other the domain, and
+takes the batch for what it is: predictions at a temperature T are corrected for the class prior :math:`\pi` that is
+likeliest for them, beside an even one that counts as one image (Saerens et al., Neural Computation 2002, equation 2.4;
+the temperature, for networks are too sure under a shift, as in Alexandari et al., ICML 2020),
 
 .. math:: z' = z / T + \log \pi, \qquad \pi_k = \frac{\sum_i \mathrm{softmax}(z'_i)_k + 1/C}{n + 1}.
+
+The policy's own answer is corrected too where its classes are *uneven*, be it never so few of them: where twice the
+log likelihood that this prior gains over an even one is larger than even classes reach in a share ``certainty`` of all
+batches, by its :math:`\chi^2` distribution with C - 1 degrees of freedom. Such batches are learned from. What a network
+without BatchNorm predicts leans to some classes for as long as a shift lasts, so it is divided first by that which
+makes its mean over the domain so far even.
 
 Neighbouring batches of a stream that is sorted by class lie far from each other without any shift of domain. While
 batches are skewed, distances count for less by the design effect :math:`1 + (n - 1) \rho` of n images of one class,
@@ -39,7 +47,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, check_positive, check_range
 from metaopt.models import ChannelMoments, Shrinkage, SourceModel, merged_moments, prior_layers
-from metaopt.models.class_shares import concentration, evenness, mean_entropy, with_own_prior
+from metaopt.models.class_shares import concentration, evenness, leaning, mean_entropy, uneven, with_own_prior
 from metaopt.models.class_variation import class_variation, variation
 from metaopt.parameters import adapted_layout, own_values
 from metaopt.policy.part import LayeredPart
@@ -49,6 +57,7 @@ from metaopt.types import ForwardOutput, Parameters, StepOutput
 
 EVEN = 0.9  # of e, from where no second look is needed
 WINDOW = 2000.0  # images of a domain that count; the cautious pass has constant parameters, so they stay true
+EVEN_IMAGES = 20.0  # beside a domain's, of a network without BatchNorm that leans to no class
 FRUGAL = 50  # images that a look goes by at least where passes are to be saved
 SCALES = (2.0, 2.0, 4.0)  # s_1 to s_3 before meta-training
 
@@ -67,6 +76,7 @@ class Look(NamedTuple):
     """What a cautious pass found of one batch, or of every so-many-th image of it."""
 
     logits: Tensor  # of the images looked at, (n, C)
+    own: Tensor | None  # of a pass of the policy's own, at its start, (n, C); None where there was no need of it
     moments: dict[int, tuple[Tensor, Tensor]]  # at each BatchNorm layer
     skewed: bool
 
@@ -80,7 +90,9 @@ class ClassSkewConfig:
     slope: float = (
         0.13  # by how much more sure, in shares of log C, the cautious pass has to be for an e that is larger by 1
     )
-    temperature: float | None = 2.5  # T of what is corrected for the batch's class prior; None: nothing is
+    temperature: float | None = 2.5  # T of own answers that are corrected for their classes; None: nothing is corrected
+    cautious_temperature: float = 4.0  # of the answers to skewed batches
+    certainty: float = 0.99  # beyond which classes are uneven
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
@@ -92,13 +104,16 @@ class ClassSkewConfig:
         check_positive("class_skew.slope", self.slope, "0.13")
         if self.temperature is not None:
             check_positive("class_skew.temperature", self.temperature, "2.5")
+        check_positive("class_skew.cautious_temperature", self.cautious_temperature, "4")
+        if not 0 < self.certainty < 1:
+            raise ConfigError(f"class_skew.certainty is {self.certainty}; allowed is 0 < certainty < 1: set 0.99")
 
 
 class ClassSkew(LayeredPart):
     """Batches of a few classes are told, answered with caution, and not learned from.
 
     Args:
-        config: when batches are looked at.
+        config: when batches are looked at, and what is corrected.
         layers: names of the BatchNorm layers (`metaopt.models.prior_layers`).
     """
 
@@ -138,9 +153,8 @@ class ClassSkew(LayeredPart):
         """Nothing yet."""
         like = next(iter(parameters.values())).detach()
         zero, empty = like.new_zeros(()), like.new_zeros(0)
-        return SkewState(
-            zero, zero.clone(), zero.clone(), empty, ChannelMoments(zero.clone(), empty.clone(), empty.clone())
-        )
+        moments = ChannelMoments(zero.clone(), empty.clone(), empty.clone())
+        return SkewState(zero, zero.clone(), zero.clone(), empty, moments)
 
     def observe(self, context: StepContext) -> None:
         """Tell how much further apart batches lie than in a random order, where the last look found them skewed."""
@@ -166,23 +180,40 @@ class ClassSkew(LayeredPart):
         context.signals.setdefault("skewed", torch.ones_like(state.skewed) if unseen else state.skewed)
 
     def predict(self, context: StepContext) -> Tensor | None:
-        """The cautious answer of a skewed batch, for the classes that it holds."""
+        """The answer to a skewed batch, of both passes, for the classes that it holds."""
         if not bool(context.signals["skewed"]):
             return None
         look = context.notes.get(self.name)
+        unseen = look is None and int(context.state[self.name].batches) == 0  # nobody has looked yet
         if look is None or len(look.logits) < len(context.images) or torch.is_grad_enabled():
-            logits = self._cautious(context).logits
-        else:
-            logits = look.logits
-        if self.config.temperature is None or (look is None and int(context.state[self.name].batches) == 0):
-            return logits  # nobody has looked yet
-        return with_own_prior(logits / self.config.temperature)
+            look = Look(self._cautious(context).logits, None, {}, True)
+        if self.config.temperature is None:
+            return look.logits
+        own = context.forward(parameters=context.start).logits if look.own is None else look.own
+        logits = (look.logits + own) / 2
+        return logits if unseen else with_own_prior(logits / self.config.cautious_temperature)
+
+    def answer(self, context: StepContext, logits: Tensor) -> Tensor:
+        """The policy's own answer, for the classes that the batch holds where those are uneven."""
+        temperature, told = self.config.temperature, logits.detach()
+        if temperature is None or bool(context.signals["skewed"]):
+            return logits
+        if not self.layers:
+            state, images = context.state[self.name], len(logits)
+            step = images / (EVEN_IMAGES + _counted(state, images) + images)
+            context.notes[self.name] = shares = leaning(state.shares, told, step)
+            told = told - shares.log()
+        context.signals["uneven"] = logits.new_tensor(float(uneven(told, self.config.certainty)))
+        return with_own_prior(logits / temperature) if bool(context.signals["uneven"]) else logits
 
     def judge(self, context: StepContext, output: StepOutput) -> None:
         """Remember what was seen."""
         state, look = context.state[self.name], context.notes.get(self.name)
-        if look is None:
-            context.remember(self.name, state._replace(batches=state.batches + 1))  # wary of none: else it had looked
+        if not isinstance(look, Look):  # wary of none: else it had looked
+            if look is not None:
+                count = _counted(state, len(output.logits)) + len(output.logits)
+                state = state._replace(shares=look, moments=state.moments._replace(count=count))
+            context.remember(self.name, state._replace(batches=state.batches + 1))
             return
         images, shares = len(look.logits), look.logits.softmax(dim=1).mean(dim=0)
         before = _counted(state, images)
@@ -202,12 +233,12 @@ class ClassSkew(LayeredPart):
             logits = self._cautious(replace(context, images=images), moments).logits
             even = evenness(logits)
             if even >= EVEN:
-                return Look(logits, moments, False)
+                return Look(logits, None, moments, False)
             condition(context)
             # At the start: what adaptation has made surer of everything would win any comparison.
             own = context.forward(images, context.start).logits
         surer = (mean_entropy(own) - mean_entropy(logits)) / math.log(logits.shape[1])
-        return Look(logits, moments, surer > self.config.slope * (even - self.config.evenness))
+        return Look(logits, own, moments, surer > self.config.slope * (even - self.config.evenness))
 
     def _cautious(self, context: StepContext, record: dict[int, tuple[Tensor, Tensor]] | None = None) -> ForwardOutput:
         """The output on the batch by the source's parameters and shrunk statistics."""

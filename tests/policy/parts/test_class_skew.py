@@ -14,7 +14,7 @@ from metaopt.data import load_digits
 from metaopt.errors import ConfigError
 from metaopt.meta import MetaTrainer
 from metaopt.models import Shrinkage, SourceModel, prior_layers
-from metaopt.models.class_shares import concentration, evenness, expected_entropy, with_own_prior
+from metaopt.models.class_shares import concentration, evenness, expected_entropy, uneven, with_own_prior
 from metaopt.models.class_variation import class_variation, variation
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
@@ -22,6 +22,7 @@ from metaopt.policy.parts.class_skew import ClassSkew, ClassSkewConfig, Look, Sk
 from metaopt.policy.parts.restoration import Restoration
 from metaopt.policy.step import StepContext
 from metaopt.policy.untrained import new_policy
+from metaopt.types import StepOutput
 
 from ...meta.cases import tiny_resnet
 from ...tiny import BARE, random_images, small_digits, tiny_config, tiny_model, tiny_policy, trained_model
@@ -81,12 +82,45 @@ def test_the_batchs_own_prior_is_the_likeliest_one() -> None:
 
     for k, j in itertools.permutations(range(4), 2):  # no move of mass between two classes is any better
         moved = prior.clone()
-        moved[k], moved[j] = moved[k] + 1e-3 * prior[j], moved[j] - 1e-3 * prior[j]
+        moved[k], moved[j] = moved[k] + 0.03 * prior[j], moved[j] - 0.03 * prior[j]
         assert objective(moved) < objective(prior)
     spoiled = torch.cat([logits, torch.full((1, 4), torch.nan, dtype=torch.float64)])
     torch.testing.assert_close(with_own_prior(spoiled)[:30], found)
     alone = logits[:1]
     assert torch.equal(with_own_prior(alone).argmax(1), alone.argmax(1))  # one image tells nothing of its neighbours
+
+
+def sure(shares: Sequence[float], images: int, seed: int) -> Tensor:
+    """Logits that are as sure as they should be, of images whose classes are drawn by these shares."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.multinomial(torch.tensor(shares), images, replacement=True, generator=generator)
+    # Of z ~ N(m one-hot, 1), the posterior of even classes is softmax(m z).
+    return 2.5 * (
+        2.5 * functional.one_hot(classes, len(shares)) + torch.randn(images, len(shares), generator=generator)
+    )
+
+
+def test_uneven_classes_are_told_by_a_likelihood_ratio_that_even_ones_seldom_reach() -> None:
+    even, tail = [1.0] * 10, [10 ** (-k / 9) for k in range(10)]
+    assert sum(uneven(sure(even, 60, seed), 0.99) for seed in range(300)) <= 9  # of 3 to be expected
+    assert sum(uneven(sure(tail, 200, seed), 0.99) for seed in range(50)) >= 48
+    assert sum(uneven(sure([1.0, 1.0, *[0.0] * 8], 16, seed), 0.99) for seed in range(50)) >= 45
+    assert not uneven(sure(even, 1, 0), 0.5) and not uneven(torch.full((3, 10), torch.nan), 0.5)
+
+
+def test_the_policys_own_answer_is_corrected_where_classes_are_uneven_and_learned_from() -> None:
+    part = load_digits().stream
+    assert part.labels is not None
+    picked = torch.cat([(part.labels == label).nonzero().squeeze(1)[: 60 // (label + 1)] for label in range(8)])
+    images, never = small_digits(part)[picked], {"evenness": 1e-9, "slope": 1e9}
+    corrected, plain = (
+        OnlineAdapter(trained_model(), digits_policy(class_skew={**never, **more}))
+        for more in ({}, {"temperature": None})
+    )
+    assert torch.equal(corrected(digits(None, 60)[0]), plain(digits(None, 60)[0]))  # even
+    torch.testing.assert_close(corrected(images), with_own_prior(plain(images) / 2.5))
+    assert corrected.updates == plain.updates == 2
+    assert all(torch.equal(tensor, plain.parameters[name]) for name, tensor in corrected.parameters.items())
 
 
 def test_variation_between_images_and_between_classes_without_chance() -> None:
@@ -173,7 +207,8 @@ def test_a_skewed_batch_is_answered_with_caution_and_not_learned_from() -> None:
     images, _ = digits(3)
     policy, part = adapter.policy, adapter.policy.part("class_skew")
     look = part._look(StepContext(policy, adapter.model, before, policy.init(before), images))
-    assert look.skewed and torch.equal(adapter(images), with_own_prior(look.logits / 2.5))
+    assert look.skewed and look.own is not None
+    assert torch.equal(adapter(images), with_own_prior((look.logits + look.own) / 2 / 4))
     assert adapter.events["skewed"] == 1 and adapter.updates == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.parameters.items())
     adapter(digits(None)[0])
@@ -203,8 +238,10 @@ def test_few_images_before_the_first_look_are_answered_with_caution() -> None:
     parameters = {name: tensor.clone() for name, tensor in adapter.parameters.items()}
     context = StepContext(adapter.policy, adapter.model, parameters, adapter.policy.init(parameters), images[:8])
     with torch.no_grad():
-        cautious = part._cautious(context).logits
-    assert torch.equal(first, cautious) and adapter.events["waiting"] == 1
+        context.signals["skewed"] = torch.tensor(1.0)
+        both = part._cautious(context).logits + context.forward(parameters=context.start, batch_statistics=True).logits
+    torch.testing.assert_close(first, both / 2)
+    assert adapter.events["waiting"] == 1
 
 
 def test_an_even_stream_is_answered_as_without_the_part() -> None:
@@ -225,6 +262,29 @@ def test_networks_without_batch_normalisation_are_never_looked_at() -> None:
     for seed in range(3):
         assert torch.equal(watching(random_images(6, seed)), plain(random_images(6, seed)))
     assert watching.events["skewed"] == 0 and watching.updates == 3
+    state = watching.state["class_skew"]
+    assert float(state.shares.sum()) == pytest.approx(1) and state.moments.count == 18 and state.batches == 3
+
+
+def test_of_networks_without_batch_normalisation_a_lasting_lean_is_no_unevenness() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(96, 10))
+    adapter = OnlineAdapter(SourceModel(net), tiny_policy(SourceModel(net), parts={"class_skew": True}))
+    part = adapter.policy.part("class_skew")
+    state = adapter.policy.init(adapter.parameters)
+    lean, found = torch.tensor([3.0, 2.0, *[0.0] * 8]), []
+    for logits in (sure([1.0] * 10, 2000, seed=0) + lean).split(100):
+        context = StepContext(adapter.policy, adapter.model, adapter.parameters, state, torch.zeros(100, 3, 16, 16))
+        context.signals["skewed"] = torch.tensor(0.0)
+        answered = part.answer(context, logits)
+        assert torch.equal(answered, logits if context.signals["uneven"] == 0 else with_own_prior(logits / 2.5))
+        part.judge(context, StepOutput(answered))
+        found.append(bool(context.signals["uneven"]))
+        state = context.state
+    assert found[0] and sum(found[5:]) <= 1
+    one = StepContext(adapter.policy, adapter.model, adapter.parameters, state, torch.zeros(100, 3, 16, 16))
+    one.signals["skewed"] = torch.tensor(0.0)
+    part.answer(one, sure([1.0, 0.0, 0.0, 1.0, *[0.0] * 6], 100, seed=1) + lean)
+    assert one.signals["uneven"] == 1
 
 
 def test_looks_are_rare_while_classes_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +358,8 @@ def test_meta_training_learns_the_scales_where_they_are_not_frozen(frozen: tuple
         ({"evenness": 1.0}, "class_skew.evenness is 1.0; allowed is 0 < evenness < 1"),
         ({"slope": 0.0}, "class_skew.slope is 0.0"),
         ({"temperature": 0.0}, "class_skew.temperature is 0.0"),
+        ({"cautious_temperature": -1.0}, "class_skew.cautious_temperature is -1.0"),
+        ({"certainty": 1.0}, "class_skew.certainty is 1.0; allowed is 0 < certainty < 1"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, float], words: str) -> None:
