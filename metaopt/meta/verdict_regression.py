@@ -2,7 +2,8 @@ r"""The regressions of a verdict: errors on signals, over cells (`metaopt.meta.v
 
 Each model's estimate is the mean of two ridge regressions, one on the signals of its own predictions and one on all:
 the first is nearer on streams like those of the cells, the second also knows a model that adaptation has harmed. A
-third regression is of the difference of the two logits, for errors of both models go together.
+third regression is of the difference of the two logits, for errors of both models go together. It leaves out how uneven
+the classes are: where a stream's own are, that tells nothing of which model is better.
 """
 
 import math
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from metaopt.policy.parts.verdict import SIGNALS, after, nothing_seen, signals
 
+ALL = tuple(range(SIGNALS))
 OWN = ((3,), (0, 1))  # signals that a model's first regression is on: the adapted one's doubt; the source's two
+COMPARED = (0, 2, 3)  # signals that tell which model is better: both doubts, and disagreement
 LEAST_ERROR = 0.25  # of cells that are learned from
+LEAST_COMPARED = 0.1  # of the worse of both models in cells that their difference is learned from
 LEAST_CELLS = 16  # where fewer err that much, those of the larger errors are taken
 RIDGE = 2.0  # on signals of mean 0 and variance 1
 ROUNDS = 12  # until e_0 and the regression agree
@@ -53,26 +57,33 @@ class Fitted(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What one estimate learns from."""
+    """What one estimate learns from: signals and cells of its two regressions."""
 
-    columns: tuple[int, ...]  # signals of its first regression
-    first: Tensor  # cells of that, (n,)
-    second: Tensor  # cells of the regression on all signals, (m,)
+    signals: tuple[tuple[int, ...], tuple[int, ...]]
+    cells: tuple[Tensor, Tensor]
 
     def apart(self, cells: Tensor) -> "Rows":
         """The same without all but these cells, a mask."""
-        return Rows(self.columns, self.first[cells[self.first]], self.second[cells[self.second]])
+        return Rows(self.signals, (self.cells[0][cells[self.cells[0]]], self.cells[1][cells[self.cells[1]]]))
 
     @property
     def enough(self) -> bool:
         """Whether a regression can be fitted."""
-        return min(len(self.first), len(self.second)) > SIGNALS
+        return min(map(len, self.cells)) > SIGNALS
 
     def weights(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean of both regressions of y, (cells,), on x, (cells, 5); the constant first, (6,)."""
-        found, columns = ridge(x[self.second], y[self.second]) / 2, torch.tensor([0, *(1 + c for c in self.columns)])
-        found[columns] += ridge(x[self.first][:, list(self.columns)], y[self.first]) / 2
+        found = x.new_zeros(1 + SIGNALS)
+        for columns, rows in zip(self.signals, self.cells, strict=True):
+            found[[0, *(1 + column for column in columns)]] += ridge(x[rows][:, list(columns)], y[rows]) / 2
         return found
+
+    def leverage(self, x: Tensor) -> Tensor:
+        """`leverage` in the second regression, (6, 6)."""
+        place = torch.tensor([0, *(1 + column for column in self.signals[1])])
+        form = x.new_zeros(1 + SIGNALS, 1 + SIGNALS)
+        form[place.unsqueeze(1), place] = leverage(x[self.cells[1]][:, list(self.signals[1])])
+        return form
 
 
 def regression(shifted: Sequence[Cell], harmed: Sequence[Cell], clean: Sequence[Cell]) -> Fitted:
@@ -101,10 +112,10 @@ def regression(shifted: Sequence[Cell], harmed: Sequence[Cell], clean: Sequence[
     right = torch.cat([right, right[:, :1] - right[:, 1:]], dim=1)
     pairs, spreads, forms = [], [], []
     for target, own in enumerate(rows):
-        every = Rows(own.columns, torch.cat([torch.arange(count), torch.arange(learned, len(cells))]), own.second)
+        every = Rows(own.signals, (torch.cat([torch.arange(count), torch.arange(learned, len(cells))]), own.cells[1]))
         pairs.append(torch.stack([own.weights(x, targets[:, target]), every.weights(x, right[:, target])]))
-        spreads.append(_spread(cells[:learned], x, targets[:, target], own, own.second if target == 2 else own.first))
-        forms.append(leverage(x[own.second]))
+        spreads.append(_spread(cells[:learned], x, targets[:, target], own))
+        forms.append(own.leverage(x))
     return Fitted(temperatures, torch.stack(pairs), torch.stack(spreads), torch.stack(forms))
 
 
@@ -117,29 +128,29 @@ def _rows(error: Tensor, shifted: int) -> list[Rows]:
     """
     adapted, source = (_erring(error[:shifted, model]) for model in range(2))
     harmed = torch.arange(shifted, len(error))
-    either = torch.cat([_erring(error[:shifted].amax(dim=1)), harmed])
+    either = _erring(error.amax(dim=1), LEAST_COMPARED)
     return [
-        Rows(OWN[0], adapted, torch.cat([adapted, harmed[error[shifted:, 0] >= LEAST_ERROR]])),
-        Rows(OWN[1], source, source),
-        Rows(tuple(range(SIGNALS)), either, either),
+        Rows((OWN[0], ALL), (adapted, torch.cat([adapted, harmed[error[shifted:, 0] >= LEAST_ERROR]]))),
+        Rows((OWN[1], ALL), (source, source)),
+        Rows((COMPARED, COMPARED), (either, either)),
     ]
 
 
-def _erring(error: Tensor) -> Tensor:
+def _erring(error: Tensor, least: float = LEAST_ERROR) -> Tensor:
     """Indices of the cells that are learned from."""
-    found = (error >= LEAST_ERROR).nonzero().flatten()
+    found = (error >= least).nonzero().flatten()
     return found if len(found) >= LEAST_CELLS else error.topk(min(LEAST_CELLS, len(error))).indices.sort().values
 
 
-def _spread(cells: Sequence[Cell], x: Tensor, y: Tensor, rows: Rows, on: Tensor) -> Tensor:
+def _spread(cells: Sequence[Cell], x: Tensor, y: Tensor, rows: Rows) -> Tensor:
     """Root mean square of residuals over what leverage makes of them, each without the cells that share a shift, ()."""
     residuals = []
-    for index in on.tolist():
+    for index in rows.cells[0].tolist():
         others = torch.arange(len(cells)) != index
         apart = rows.apart(torch.tensor([not cells[index].shifts & each.shifts for each in cells]) & others)
         if not apart.enough:  # of a few shifts, each is in all cells
             apart = rows.apart(others)
-        told, form = apart.weights(x, y), leverage(x[apart.second])
+        told, form = apart.weights(x, y), apart.leverage(x)
         own = torch.cat([x.new_ones(1), x[index]])
         residuals.append((told @ own - y[index]) / (1 + own @ form @ own).sqrt())
     return torch.stack(residuals).square().mean().sqrt()
