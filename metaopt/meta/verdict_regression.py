@@ -52,6 +52,7 @@ class Fitted(NamedTuple):
 
     temperatures: Tensor  # (2,)
     weights: Tensor  # (3, 2, 6)
+    between: Tensor  # (3, 6)
     spread: Tensor  # (3,)
     leverage: Tensor  # (3, 6, 6)
 
@@ -71,12 +72,16 @@ class Rows(NamedTuple):
         """Whether a regression can be fitted."""
         return min(map(len, self.cells)) > SIGNALS
 
-    def weights(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean of both regressions of y, (cells,), on x, (cells, 5); the constant first, (6,)."""
-        found = x.new_zeros(1 + SIGNALS)
-        for columns, rows in zip(self.signals, self.cells, strict=True):
-            found[[0, *(1 + column for column in columns)]] += ridge(x[rows][:, list(columns)], y[rows]) / 2
+    def both(self, x: Tensor, y: Tensor) -> Tensor:
+        """Weights of both regressions of y, (cells,), on x, (cells, 5); the constant first, (2, 6)."""
+        found = x.new_zeros(2, 1 + SIGNALS)
+        for own, columns, rows in zip(found, self.signals, self.cells, strict=True):
+            own[[0, *(1 + column for column in columns)]] = ridge(x[rows][:, list(columns)], y[rows])
         return found
+
+    def weights(self, x: Tensor, y: Tensor) -> Tensor:
+        """Their mean, (6,)."""
+        return self.both(x, y).mean(dim=0)
 
     def leverage(self, x: Tensor) -> Tensor:
         """`leverage` in the second regression, (6, 6)."""
@@ -110,13 +115,15 @@ def regression(shifted: Sequence[Cell], harmed: Sequence[Cell], clean: Sequence[
     targets = torch.cat([errors, errors[:, :1] - errors[:, 1:]], dim=1)  # (cells, 3)
     right = _logit(plain)
     right = torch.cat([right, right[:, :1] - right[:, 1:]], dim=1)
-    pairs, spreads, forms = [], [], []
+    pairs, halves, spreads, forms = [], [], [], []
     for target, own in enumerate(rows):
         every = Rows(own.signals, (torch.cat([torch.arange(count), torch.arange(learned, len(cells))]), own.cells[1]))
-        pairs.append(torch.stack([own.weights(x, targets[:, target]), every.weights(x, right[:, target])]))
+        first, second = own.both(x, targets[:, target])
+        pairs.append(torch.stack([(first + second) / 2, every.weights(x, right[:, target])]))
+        halves.append((first - second) / 2)
         spreads.append(_spread(cells[:learned], x, targets[:, target], own))
         forms.append(own.leverage(x))
-    return Fitted(temperatures, torch.stack(pairs), torch.stack(spreads), torch.stack(forms))
+    return Fitted(temperatures, *map(torch.stack, (pairs, halves, spreads, forms)))
 
 
 def _rows(error: Tensor, shifted: int) -> list[Rows]:

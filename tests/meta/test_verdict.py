@@ -102,7 +102,8 @@ def test_intervals_cover_cells_that_nobody_saw() -> None:
     x = torch.stack([torch.cat([torch.ones(1), cell.signals(told.temperatures)]) for cell in unseen])
     error = torch.stack([cell.error() for cell in unseen])
     z = torch.einsum("mfk,nk->nmf", told.weights, x)[:, :2]
-    widened = told.spread[:2] * (1 + torch.einsum("nj,mjk,nk->nm", x, told.leverage[:2], x)).sqrt()
+    widened = told.spread[:2].square() * (1 + torch.einsum("nj,mjk,nk->nm", x, told.leverage[:2], x))
+    widened = (widened + (x @ told.between[:2].t()).square()).sqrt()
     low, high = (z.amin(dim=2) - 1.96 * widened).sigmoid(), (z[..., 0] + 1.96 * widened).sigmoid()
     wrong = (error >= 0.25).all(dim=1)  # what the fit learns from
     covered = ((low <= error) & (error <= high))[wrong].double().mean(dim=0)
@@ -128,7 +129,7 @@ def test_fit_is_the_same_for_a_seed_and_changes_nothing_else() -> None:
     assert not torch.equal(part.weights, fitted(1).part("verdict").weights)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {n for n, t in policy.state_dict().items() if not torch.equal(t, kept[n])} == {
-        f"parts.verdict.{name}" for name in ("temperatures", "weights", "spread", "leverage")
+        f"parts.verdict.{name}" for name in ("temperatures", "weights", "between", "spread", "leverage")
     }
     assert "speckle_noise" in policy.known_shifts and not policy.known_shifts & {"fog", "gaussian_noise", "hue"}
 

@@ -14,13 +14,13 @@ Disagreement as a measure of error: Jiang et al., ICLR 2022; Lee et al., CVPR 20
 regression of error on signals learns from: Deng and Zheng, CVPR 2021. Here
 
 .. math:: \mathrm{logit}\,\hat e = w \cdot x + w_0, \qquad
-    s(x)^2 = s^2 \big(1 + \tilde x^\top (\tilde X^\top \tilde X + \lambda I)^{-1} \tilde x\big)
+    s(x)^2 = s^2 \big(1 + \tilde x^\top (\tilde X^\top \tilde X + \lambda I)^{-1} \tilde x\big) + (v \cdot x + v_0)^2
 
 for each of the two models, and for the difference of the two logits, learned on clean unlabeled images under shifts of
 our own (`metaopt.meta.verdict`). The interval has 95 %: s is the spread on shifts that the regression was not fitted
-on, which the leverage widens where the signals are unlike all that it was fitted on, and the lower end also counts with
-a source that is right about all its clean images. No prediction changes by it, but where a compute dial has to pay for
-its passes too.
+on, which the leverage widens where the signals are unlike all that it was fitted on, v is half of the difference of the
+two regressions that an estimate is the mean of, and the lower end also counts with a source that is right about all its
+clean images. No prediction changes by it, but where a compute dial has to pay for its passes too.
 """
 
 import math
@@ -75,7 +75,6 @@ class Verdict:
     source_high: float
     images: int  # of the window that this is about
     harmful: bool  # whether adaptation does harm: the adapted model errs more than the source, at 97.5 %
-    helpful: bool  # whether it does good, likewise
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ class VerdictPart(Part):
     name = "verdict"
     temperatures: Tensor
     weights: Tensor
+    between: Tensor
     spread: Tensor
     leverage: Tensor
 
@@ -108,6 +108,7 @@ class VerdictPart(Part):
         # Of the adapted model, the source, and the first's logit less the second's; w_0 first.
         self.register_buffer("temperatures", torch.ones(2))
         self.register_buffer("weights", torch.zeros(3, 2, 1 + SIGNALS))  # as extrapolated, and as if p were the truth
+        self.register_buffer("between", torch.zeros(3, 1 + SIGNALS))  # v
         self.register_buffer("spread", torch.full((3,), -1.0))  # in logits; below 0 before it is fitted
         self.register_buffer("leverage", torch.zeros(3, 1 + SIGNALS, 1 + SIGNALS))  # a quadratic form of (1, x)
 
@@ -151,13 +152,14 @@ class VerdictPart(Part):
         x = torch.cat([state.disagreement.new_ones(1), signals(state)]).double()
         z = self.weights.double() @ x  # (3, 2)
         spread = self.spread.double().square() * (1 + ((self.leverage.double() @ x) @ x).clamp_min(0))
+        spread = spread + (self.between.double() @ x).square()
         error, counts = z[:2, 0].sigmoid(), torch.stack([state.adapted.images, state.source.images]).double()
         chance = (1 / counts - 1 / CELL).clamp_min(0) / (error * (1 - error)).clamp_min(EDGE)
         reach = NORMAL_95 * (spread[:2] + chance).sqrt()
         ends = (z[:2].amin(dim=1) - reach).sigmoid(), (z[:2, 0] + reach).sigmoid()
         adapted, source = (100 * torch.stack([error, *ends], dim=1)).tolist()
-        doubts = float(z[2, 0] / (NORMAL_95 * (spread[2] + chance.sum()).sqrt()).clamp_min(EDGE))
-        return Verdict(*adapted, *source, images=round(float(counts[0])), harmful=doubts > 1, helpful=doubts < -1)
+        harmful = z[2, 0] > NORMAL_95 * (spread[2] + chance.sum()).sqrt()
+        return Verdict(*adapted, *source, images=round(float(counts[0])), harmful=bool(harmful))
 
     def not_exported(self, state: VerdictState) -> str:
         """An exported network has no judge."""
