@@ -81,6 +81,15 @@ class Rollback(Part):
         counts = [like.new_zeros(()) for _ in range(6)]
         return RollbackState(*counts, tuple(Snapshot(*map(torch.clone, none)) for _ in range(self.config.snapshots)))
 
+    def observe(self, context: StepContext) -> None:
+        """Note what is known before others may begin anew."""
+        context.notes[self.name] = context.state[self.name]
+
+    def restore(self, context: StepContext) -> None:
+        """Know it still where the stream is taken for another one: adaptation that does harm can look like a shift."""
+        if context.begun and self.name in context.notes:
+            context.remember(self.name, context.notes[self.name])
+
     def decide(self, context: StepContext) -> Tensor:
         """Below 0 in a hold; without limit above it elsewhere, where others decide."""
         hold = context.state[self.name].hold

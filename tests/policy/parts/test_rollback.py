@@ -10,8 +10,10 @@ from torch.utils import _pytree as pytree
 from metaopt.errors import CheckpointError, ConfigError
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy
+from metaopt.policy.part import Part
 from metaopt.policy.parts.rollback import Rollback, RollbackConfig, packed, unpacked
 from metaopt.policy.parts.verdict import VerdictConfig, VerdictPart
+from metaopt.policy.step import StepContext
 
 from ...tiny import BARE, assert_goes_on, random_images, tiny_model, tiny_policy
 
@@ -134,6 +136,27 @@ def test_it_goes_on_from_a_file_and_starts_anew_at_a_reset(difference: float, st
     loaded.reset()
     assert int(loaded.state["rollback"].taken) == int(loaded.state["rollback"].hold) == 0
     assert all(torch.equal(loaded(images), answer) for images, answer in zip(STREAM[:12], answers, strict=True))
+
+
+class Restless(Part):
+    """Takes every batch for the first of another domain."""
+
+    name = "restless"
+    events = ("restored",)
+
+    def restore(self, context: StepContext) -> None:
+        context.begin_anew("restored")
+
+
+def test_a_domain_that_is_taken_for_another_ends_no_hold() -> None:
+    policy = tiny_policy(tiny_model(), parts=BARE)
+    for part in (Restless(), judge(HARM), Rollback(RollbackConfig(hold=5))):
+        policy.parts[part.name] = part
+    found = OnlineAdapter(tiny_model(), policy)
+    for images in STREAM[:7]:
+        found(images)
+    assert found.events["restored"] == 7 and found.events["rolled_back"] == 1 and found.events["held"] == 5
+    assert found.updates == 2
 
 
 def test_memory_is_bounded() -> None:
