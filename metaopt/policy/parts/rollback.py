@@ -74,12 +74,11 @@ class Rollback(Part):
 
     def init(self, parameters: Parameters) -> RollbackState:
         """Nothing yet."""
-        like = next(iter(parameters.values())).detach()
-        none = Snapshot(
-            like.new_zeros(()), like.new_zeros(0, dtype=torch.float64), like.new_zeros(0, dtype=torch.int64)
+        zero = next(iter(parameters.values())).detach().new_zeros(())
+        snapshots = tuple(_none(zero) for _ in range(self.config.snapshots))
+        return RollbackState(
+            zero.clone(), zero.clone(), zero.clone(), zero.clone(), zero.clone(), zero.clone(), snapshots
         )
-        counts = [like.new_zeros(()) for _ in range(6)]
-        return RollbackState(*counts, tuple(Snapshot(*map(torch.clone, none)) for _ in range(self.config.snapshots)))
 
     def observe(self, context: StepContext) -> None:
         """Note what is known before others may begin anew."""
@@ -155,7 +154,6 @@ class Rollback(Part):
         else:
             context.parameters = {n: t.detach().clone().requires_grad_() for n, t in context.start.items()}
             context.begin_anew("rolled_back")
-        none = self.init(context.parameters).snapshots[0]
         context.remember(VerdictPart.name, self._unheard(context))
         context.remember(
             self.name,
@@ -165,7 +163,7 @@ class Rollback(Part):
                 rolled=state.rolled + 1,
                 hold=zero + self.config.hold * 2.0 ** min(float(state.rolled), DOUBLINGS),
                 source=zero + float(latest.number == 0),
-                snapshots=(*state.snapshots[1:], none),
+                snapshots=(*state.snapshots[1:], _none(zero)),
             ),
         )
 
@@ -191,6 +189,11 @@ class Rollback(Part):
         for snapshot in state.snapshots:
             if sum(math.prod(shape) for shape in _shapes(snapshot.shapes)) != snapshot.values.numel():
                 raise ValueError("rollback has a snapshot that is cut off")
+
+
+def _none(like: Tensor) -> Snapshot:
+    """No snapshot."""
+    return Snapshot(like.new_zeros(()), like.new_zeros(0, dtype=torch.float64), like.new_zeros(0, dtype=torch.int64))
 
 
 def packed(tree: Any) -> tuple[Tensor, Tensor]:
