@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from metaopt.errors import CheckpointError, ConfigError
 from metaopt.online import OnlineAdapter
-from metaopt.policy import AdaptationPolicy
+from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.part import Part
 from metaopt.policy.parts.rollback import Rollback, RollbackConfig, packed, unpacked
 from metaopt.policy.parts.verdict import VerdictConfig, VerdictPart
@@ -157,6 +157,16 @@ def test_a_domain_that_is_taken_for_another_ends_no_hold() -> None:
         found(images)
     assert found.events["restored"] == 7 and found.events["rolled_back"] == 1 and found.events["held"] == 5
     assert found.updates == 2
+
+
+def test_the_verdict_that_it_brings_along_judges_before_it() -> None:
+    config = MethodConfig("tent", update="adam", objective={"entropy": 1.0}, parts={**BARE, "rollback": True})
+    assert [part.name for part in build_method(config).listed][-2:] == ["verdict", "rollback"]
+    restores = build_method(
+        MethodConfig("tent", update="adam", objective={"entropy": 1.0}, parts={"restoration": True})
+    )
+    names = [part.name for part in restores.listed]
+    assert names.index("restoration") < names.index("shift_distance")
 
 
 def test_memory_is_bounded() -> None:
