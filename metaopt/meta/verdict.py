@@ -149,7 +149,8 @@ def _runner(source: SourceModel, policy: AdaptationPolicy) -> Callable[[Task], C
     values = own_values(model, policy.layout(model).names)
     like = next(iter(values.values()))
     method = copy.deepcopy(policy).to(like.device, like.dtype).requires_grad_(False)
-    for name in (VerdictPart.name, "pruning"):  # of which the one is to be fitted, and the other has nothing to choose
+    judged = [part.name for part in method.listed if VerdictPart in (type(part), *part.uses)]
+    for name in (*judged, "pruning"):  # what is to be fitted, who would ask it, and what has nothing to choose
         if name in method.parts:
             del method.parts[name]
     assert method.rule is not None
