@@ -44,6 +44,7 @@ PARTS: dict[str, Any] = {
     "class_skew": "metaopt.policy.parts.class_skew:ClassSkew",
     "class_balance": "metaopt.policy.parts.class_balance:ClassBalance",
     "verdict": "metaopt.policy.parts.verdict:VerdictPart",
+    "rollback": "metaopt.policy.parts.rollback:Rollback",
     "pruning": "metaopt.policy.parts.pruning:Pruning",
 }
 """Parts of a policy, by name, in the order in which they act where two act at the same place of the step."""

@@ -5,18 +5,20 @@ A *cell* is a short stream of shifted images that the method adapts on: the sign
 predicts of the clean images. The latter is not the error: on images that a network was trained on it is surer, and more
 often right, than it will be on others, and where shifts are weak its own mistakes count as truths. So the regression
 
-- learns from cells whose images the source gets wrong often, where all that matters little, and extrapolates,
+- learns from cells whose images the model gets wrong often, where all that matters little, and extrapolates,
 - counts with the source's error :math:`e_0` on the clean images: of their predictions at the temperature T at which the
   mean confidence is :math:`1 - e_0`, each other prediction is wrong with probability :math:`1 - p_T`. What the fitted
   regression says of clean images is :math:`e_0`; the two are found together, by iterating.
 
-Its spread is that of the cells' errors in logits, each estimated without the cells that share a shift with it.
+Its spread is that of the cells' errors in logits, each estimated without the cells that share a shift with it. In
+*harmed* cells entropy is minimised by Adam at far too large a rate, on streams that are skewed by class half of the
+time: what adaptation looks like where it does harm.
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,36 +31,21 @@ from metaopt.errors import ConfigError
 from metaopt.evaluation import progress
 from metaopt.meta.task_config import TaskConfig
 from metaopt.meta.tasks import Task, TaskSampler
+from metaopt.meta.verdict_regression import Cell, regression
 from metaopt.models import SourceModel
+from metaopt.objectives import WeightedObjective
+from metaopt.optimizers.adam import Adam
 from metaopt.optimizers.update import InPlaceApply, is_finite
 from metaopt.parameters import own_values
 from metaopt.policy import AdaptationPolicy
-from metaopt.policy.parts.verdict import SIGNALS, VerdictPart, after, nothing_seen, signals
+from metaopt.policy.parts.verdict import VerdictPart
 from metaopt.policy.step import adaptation_step
 
 CLEAN_CELLS = 4
+HARMED = 0.25  # cells of a harmed model, beside one that is only shifted
+HARMFUL = (0.005, 0.15)  # rates of what harms, log-uniform
+KEPT = ("batch_statistics", "experts", "initialization")  # parts without which the network would be another
 STEPS = 4  # batches of a cell that count, behind one to begin with
-LEAST_ERROR = 0.25  # of cells that are learned from
-LEAST_CELLS = 16  # where fewer err that much, those of the larger errors are taken
-RIDGE = 2.0  # on signals of mean 0 and variance 1
-ROUNDS = 12  # until e_0 and the regression agree
-INTERVAL = (0.005, 0.97)  # of shares of errors, before logits are taken
-CLEAN_ERROR = (0.002, 0.5)  # of e_0
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one short stream told; the probabilities are float64."""
-
-    signals: Tensor  # x, (4,)
-    predicted: Tensor  # classes that the adapted model and the source predict, (2, n)
-    truth: Tensor  # what the source predicts of the clean images, (n, C)
-    shifts: frozenset[str]  # by name; none: clean
-
-    def error(self, temperature: float = 0.0) -> Tensor:
-        """Share of the images that each model gets wrong, (2,), at T; at 0 the clean predictions are all right."""
-        truth = sharpened(self.truth, temperature)
-        return 1 - truth.gather(1, self.predicted.t()).mean(dim=0)
 
 
 def fit_verdict(
@@ -102,21 +89,50 @@ def fit_verdict(
     mirrored = policy.training.get("config", {}).get("flip") if mirrored is None else mirrored
     config = TaskConfig(batch_size=min(64, len(images)), flip=mirrored, occlusion=0.0, clean_view="augmented")
     named = shifts or [name for family in (META, WIDE, SELECTION, EXTRA) for name in shift_names(family)]
-    shifted, clean = (
-        TaskSampler(images, named, each, _probabilities(source)) for each in (config, replace(config, clean=1.0))
-    )
-    randomness, cells = generator_for("verdict", seed), part.config.cells
-    tasks = [sampler.sample(STEPS, randomness) for sampler in [shifted] * cells + [clean] * CLEAN_CELLS]
-    run = _runner(source, policy)
-    with progress(len(tasks), "Fitting the verdict", quiet=quiet) as bar:
-        found = []
-        for task in tasks:
-            found.append(run(task))
-            bar.update()
-    weights, spread = regression(found[:cells], found[cells:])
-    part.weights, part.spread = weights.to(part.weights), spread.to(part.spread)
-    known = {shift.name for task in tasks for shift, _ in task.shifts} | set(policy.training.get("verdict_shifts", ()))
+    jobs = _jobs(source, policy, images, named, config, part.config.cells, generator_for("verdict", seed))
+    found: list[list[Cell]] = []
+    with progress(sum(map(len, jobs)), "Fitting the verdict", quiet=quiet) as bar:
+        for kind in jobs:
+            found.append([])
+            for run, task in kind:
+                cell = run(task)
+                found[-1] += [cell] if bool(torch.isfinite(cell.logits).all()) else []  # a harmed model may end in NaN
+                bar.update()
+    for name, value in regression(*found)._asdict().items():
+        setattr(part, name, value.to(getattr(part, name)))
+    known = {shift.name for kind in jobs for _, task in kind for shift, _ in task.shifts}
+    known |= set(policy.training.get("verdict_shifts", ()))
     policy.training = {**policy.training, "verdict_shifts": sorted(known)}
+
+
+def _jobs(
+    source: SourceModel,
+    policy: AdaptationPolicy,
+    images: Tensor,
+    named: Sequence[str | Shift],
+    config: TaskConfig,
+    cells: int,
+    randomness: torch.Generator,
+) -> list[list[tuple[Callable[[Task], Cell], Task]]]:
+    """The cells to be run, of shifted, of harmed and of clean ones: what runs each, and its task."""
+    kinds = (
+        (config, cells),
+        (replace(config, skewed=0.5, clean=0.2), round(HARMED * cells)),
+        (replace(config, clean=1.0), CLEAN_CELLS),
+    )
+    plain, teacher, jobs = _runner(source, policy), _probabilities(source), []
+    for index, (own, count) in enumerate(kinds):
+        sampler = TaskSampler(images, named, own, teacher)
+        tasks = [sampler.sample(STEPS, randomness) for _ in range(count)]
+        if index == 1:
+            low, high = (math.log(rate) for rate in HARMFUL)
+            drawn = torch.rand(count, generator=randomness, dtype=torch.float64) * (high - low) + low
+            jobs.append(
+                [(_runner(source, harmed(policy, math.exp(rate))), t) for rate, t in zip(drawn, tasks, strict=True)]
+            )
+        else:
+            jobs.append([(plain, task) for task in tasks])
+    return jobs
 
 
 def _probabilities(source: SourceModel) -> Callable[[Tensor], Tensor]:
@@ -133,16 +149,17 @@ def _runner(source: SourceModel, policy: AdaptationPolicy) -> Callable[[Task], C
     values = own_values(model, policy.layout(model).names)
     like = next(iter(values.values()))
     method = copy.deepcopy(policy).to(like.device, like.dtype).requires_grad_(False)
-    for name in (VerdictPart.name, "pruning"):  # of which the one is to be fitted, and the other has nothing to choose
+    judged = [part.name for part in method.listed if VerdictPart in (type(part), *part.uses)]
+    for name in (*judged, "pruning"):  # what is to be fitted, who would ask it, and what has nothing to choose
         if name in method.parts:
             del method.parts[name]
     assert method.rule is not None
-    apply, predict = InPlaceApply(method.rule, is_finite), _probabilities(source)
+    apply = InPlaceApply(method.rule, is_finite)
 
     def run(task: Task) -> Cell:
         start = {name: tensor.detach() for name, tensor in method.start(values).items()}
         parameters = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-        state, seen, told = method.init(parameters), nothing_seen(like.detach().double()), []
+        state, told = method.init(parameters), []
         for position, batch in enumerate(task):
             with torch.enable_grad():
                 parameters, state, output = adaptation_step(
@@ -150,89 +167,17 @@ def _runner(source: SourceModel, policy: AdaptationPolicy) -> Callable[[Task], C
                 )
             if batch.targets is None:
                 continue
-            adapted, own = output.logits.detach(), predict(batch.images)
-            seen = after(seen, adapted, own.log(), torch.inf, torch.inf)
-            told.append((torch.stack([adapted.argmax(dim=1), own.argmax(dim=1)]), batch.targets.double()))
-        predicted, truth = (torch.cat(each, dim=dim) for each, dim in zip(zip(*told, strict=True), (1, 0), strict=True))
-        names = frozenset(shift.name for shift, _ in task.shifts)
-        return Cell(signals(seen).cpu(), predicted.cpu(), truth.cpu(), names)
+            with torch.no_grad():
+                logits = torch.stack([output.logits.detach(), source(batch.images).logits.to(output.logits)])
+            told.append((logits.double().cpu(), batch.targets.double().cpu()))
+        logits, truth = (torch.cat(each, dim=dim) for each, dim in zip(zip(*told, strict=True), (1, 0), strict=True))
+        return Cell(logits, truth, frozenset(shift.name for shift, _ in task.shifts))
 
     return run
 
 
-def regression(shifted: Sequence[Cell], clean: Sequence[Cell]) -> tuple[Tensor, Tensor]:
-    """Weights (2, 2, 5) and spread (2,) of `metaopt.policy.parts.verdict.VerdictPart`.
-
-    Args:
-        shifted: cells to learn from.
-        clean: cells without a shift, whose error is to be found.
-    """
-    cells = [*shifted, *clean]
-    x = torch.stack([cell.signals for cell in cells])
-    plain = torch.stack([cell.error() for cell in cells])  # (cells, 2)
-    used = [_erring(plain[: len(shifted), model]) for model in range(2)]
-    truth = torch.cat([cell.truth for cell in clean])
-    at_rest, clean_error = x[len(shifted) :], 0.1
-    for _ in range(ROUNDS):
-        temperature = temperature_of(truth, clean_error)
-        own = _logit(torch.stack([cell.error(temperature)[1] for cell in shifted]))
-        told = ridge(x[: len(shifted)][used[1]], own[used[1]])
-        clean_error = float((at_rest @ told[1:] + told[0]).sigmoid().mean().clamp(*CLEAN_ERROR))
-    errors = _logit(torch.stack([cell.error(temperature_of(truth, clean_error)) for cell in shifted]))
-    pairs, spreads = [], []
-    for model in range(2):
-        chosen = used[model]
-        extrapolated = ridge(x[: len(shifted)][chosen], errors[chosen, model])
-        pairs.append(torch.stack([extrapolated, ridge(x, _logit(plain[:, model]))]))
-        spreads.append(_spread([shifted[index] for index in chosen.tolist()], errors[chosen, model]))
-    return torch.stack(pairs), torch.stack(spreads)
-
-
-def _erring(error: Tensor) -> Tensor:
-    """Indices of the cells that are learned from."""
-    found = (error >= LEAST_ERROR).nonzero().flatten()
-    return found if len(found) >= LEAST_CELLS else error.topk(min(LEAST_CELLS, len(error))).indices.sort().values
-
-
-def _spread(cells: Sequence[Cell], errors: Tensor) -> Tensor:
-    """Root mean square of the residuals of the logits ``errors``, each without the cells that share a shift, ()."""
-    x, residuals = torch.stack([cell.signals for cell in cells]), []
-    for index, cell in enumerate(cells):
-        apart = torch.tensor([not cell.shifts & other.shifts for other in cells])
-        if int(apart.sum()) <= SIGNALS:  # of a few shifts, each is in all cells
-            apart = torch.arange(len(cells)) != index
-        told = ridge(x[apart], errors[apart])
-        residuals.append(told[0] + told[1:] @ x[index] - errors[index])
-    return torch.stack(residuals).square().mean().sqrt()
-
-
-def ridge(x: Tensor, y: Tensor) -> Tensor:
-    """Weights of a linear regression of y, (n,), on the columns of x, (n, d), the constant first, (1 + d,).
-
-    The squares of the weights of the standardised columns count ``RIDGE`` times beside those of the residuals.
-    """
-    mean, scale = x.mean(dim=0), x.std(dim=0, correction=0).clamp_min(1e-9)
-    z, centre = (x - mean) / scale, y.mean()
-    slope = torch.linalg.solve(z.t() @ z + RIDGE * torch.eye(z.shape[1]).to(z), z.t() @ (y - centre)) / scale
-    return torch.cat([(centre - slope @ mean).unsqueeze(0), slope])
-
-
-def sharpened(probabilities: Tensor, temperature: float) -> Tensor:
-    """p^(1/T), normalised, (n, C); at T = 0 all on the largest."""
-    if temperature == 0:
-        return torch.nn.functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).to(probabilities)
-    return (probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log() / temperature).softmax(dim=1)
-
-
-def temperature_of(probabilities: Tensor, error: float) -> float:
-    """T at which the mean of 1 - max p_T is ``error``, as near as T in [0.1, 30] comes."""
-    low, high = -2.3, 3.4  # of log T, in which the mean rises
-    for _ in range(40):
-        middle = (low + high) / 2
-        unsure = float(1 - sharpened(probabilities, math.exp(middle)).amax(dim=1).mean())
-        low, high = (middle, high) if unsure < error else (low, middle)
-    return math.exp((low + high) / 2)
-
-
-def _logit(share: Tensor) -> Tensor:
-    return share.clamp(*INTERVAL).logit()
+def harmed(policy: AdaptationPolicy, rate: float) -> AdaptationPolicy:
+    """A method that adapts what ``policy`` does, and far too much: Adam on the entropy at that rate."""
+    parts = [part for part in policy.listed if part.name in KEPT]
+    objective = WeightedObjective({"entropy": 1.0})
+    return AdaptationPolicy("harmed", objective, Adam(lr=rate), parts, policy.adapts, policy.seed, policy.layers)

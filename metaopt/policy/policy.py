@@ -39,7 +39,7 @@ class AdaptationPolicy(nn.Module):
         objective: label-free loss; None for a method that never updates.
         rule: update rule; None for a method that never updates. A learned rule is an ``nn.Module`` whose tensors are
             learned together with the objective's weights.
-        parts: in the order in which they act where several do so at the same place; what one uses is added behind it.
+        parts: in the order in which they act where several do so at the same place; what one uses is added beside it.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
         seed: of what is drawn online: augmented views, and a teacher's restores.
         layers: patterns of the normalisation layers that adapt (`metaopt.norm_layers.chosen_layers`); None: all.
@@ -61,10 +61,7 @@ class AdaptationPolicy(nn.Module):
         self.method, self.adapts, self.seed = method, adapts, seed
         self.objective, self.rule = objective, rule
         self.layers = None if layers is None else tuple(layers)
-        named = {part.name: part for part in parts}
-        for part in parts:
-            for kind in part.uses:
-                named.setdefault(kind.name, kind())
+        named = {part.name: part for part in with_used(parts)}
         if (
             objective is not None
             and "teacher" in objective.needs
@@ -288,3 +285,14 @@ class AdaptationPolicy(nn.Module):
                     f"'{min(known ^ found)}' for one differs; allowed are the same: set requires_grad of the norm "
                     "layers as in meta-training"
                 )
+
+
+def with_used(parts: Sequence[Part]) -> list[Part]:
+    """The parts with those that they use: before or behind the first that does, as their rows in the registry stand."""
+    found, rows = list(parts), list(registry.PARTS)
+    for part in parts:
+        for kind in part.uses:
+            if kind.name not in {each.name for each in found}:
+                before = part.name in rows and kind.name in rows and rows.index(kind.name) < rows.index(part.name)
+                found.insert(found.index(part), kind()) if before else found.append(kind())
+    return found

@@ -41,6 +41,13 @@ def test_a_run_tells_its_error_without_labels(workspace: Path, capsys: pytest.Ca
         assert [curve[2][1], curve[5][1]] == pytest.approx(told, rel=1e-5)
 
 
+def test_a_roll_back_brings_a_fitted_verdict_along(workspace: Path) -> None:
+    parts = ["method.parts.rollback=true", VERDICT]
+    assert online(["method=tent", "method.lr=0.01", FEW, *TINY_STREAM, *parts, "out=watched"]) == 0
+    summary = summary_of(workspace / "watched")
+    assert "estimated_error" in summary and {"rolled_back", "held"} <= set(summary["guard_events"])
+
+
 def test_a_policy_keeps_what_was_fitted(workspace: Path) -> None:
     assert meta_train([*TINY_META, "parts.verdict={cells: 8}", "meta.report_tasks=0", "out=run"]) == 0
     policy = AdaptationPolicy.load("ckpt.pt")

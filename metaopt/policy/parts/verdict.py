@@ -1,23 +1,26 @@
 r"""The verdict: how often the adapted model errs on the stream, and how often the source, estimated without labels.
 
 At one batch in ``every`` the source itself predicts too, by one forward pass without a graph. Over the latest
-``window`` images the part keeps means of four signals, with the source's probabilities p and the adapted ones q over C
+``window`` images the part keeps means of five signals, with the source's probabilities p and the adapted ones q over C
 classes:
 
-.. math:: x = \Big(\mathrm{logit}\, \frac{\mathrm{E}\,H(p)}{\log C},\;
-    \log\Big(1 - \frac{H(\mathrm{E}\,p)}{\log C} - b + 0.01\Big),\;
-    \mathrm{logit}\,(1 - \mathrm{E}\, p \cdot q),\; \mathrm{logit}\, \frac{\mathrm{E}\,H(q)}{\log C}\Big),
+.. math:: x = \Big(\mathrm{logit}\, d(p),\; u(p),\; \mathrm{logit}\,(1 - \mathrm{E}\, p \cdot q),\;
+    \mathrm{logit}\, d(q),\; u(q)\Big), \qquad
+    d(p) = 1 - \mathrm{E} \max_c p_T, \quad u(p) = \log\Big(1 - \frac{H(\mathrm{E}\,p)}{\log C} - b + 0.01\Big),
 
-how unsure both are, how uneven the source's classes (b is what chance alone makes of few images), and how much the two
-disagree. Disagreement as a measure of error: Jiang et al., ICLR 2022; Lee et al., CVPR 2024; sets of shifted images
-that a regression of error on signals learns from: Deng and Zheng, CVPR 2021. Here
+how much each model doubts at its own temperature T, at which its confidence is least wrong (temperature scaling: Guo et
+al., ICML 2017), how uneven its classes are (b is what chance alone makes of few images), and how much the two disagree.
+Disagreement as a measure of error: Jiang et al., ICLR 2022; Lee et al., CVPR 2024; sets of shifted images that a
+regression of error on signals learns from: Deng and Zheng, CVPR 2021. Here
 
-.. math:: \mathrm{logit}\,\hat e = w \cdot x + w_0
+.. math:: \mathrm{logit}\,\hat e = w \cdot x + w_0, \qquad
+    s(x)^2 = s^2 \big(1 + \tilde x^\top (\tilde X^\top \tilde X + \lambda I)^{-1} \tilde x\big) + (v \cdot x + v_0)^2
 
-for each of the two models, learned on clean unlabeled images under shifts of our own (`metaopt.meta.verdict`). The
-interval has 95 %: the spread is that of shifts that the regression was not fitted on, and the lower end also counts
-with a source that is right about all its clean images. No prediction changes by it, but where a compute dial has to pay
-for its passes too.
+for each of the two models, and for the difference of the two logits, learned on clean unlabeled images under shifts of
+our own (`metaopt.meta.verdict`). The interval has 95 %: s is the spread on shifts that the regression was not fitted
+on, which the leverage widens where the signals are unlike all that it was fitted on, v is half of the difference of the
+two regressions that an estimate is the mean of, and the lower end also counts with a source that is right about all its
+clean images. No prediction changes by it, but where a compute dial has to pay for its passes too.
 """
 
 import math
@@ -35,24 +38,29 @@ from metaopt.policy.precision import run_network
 from metaopt.policy.step import StepContext
 from metaopt.types import Parameters, StepOutput
 
-SIGNALS = 4
+SIGNALS = 5
 EDGE = 1 / 800  # shares closer to 0 or 1 than this count as this: so few images do not tell more
 EVEN = 0.01  # added to what is missing from even classes, a little more than chance leaves of a few hundred images
 NORMAL_95 = 1.96
 CELL = 256  # images that a share of errors was counted on when the spread was taken
 
 
+class Seen(NamedTuple):
+    """Means of a model's predictions over the window's images."""
+
+    images: Tensor  # that they are of, ()
+    doubt: Tensor  # 1 - max p at the model's temperature, ()
+    shares: Tensor  # p, (C,); empty before any
+    squares: Tensor  # p squared, (C,); empty before any
+
+
 class VerdictState(NamedTuple):
     """Means over the stream so far, of the window's images."""
 
     batches: Tensor  # (),
-    images: Tensor  # that the adapted model's mean is of, ()
-    entropy: Tensor  # of its predictions, as a share of log C, ()
-    source_images: Tensor  # that the others are of, ()
-    source_entropy: Tensor  # ()
-    disagreement: Tensor  # 1 - p q, ()
-    shares: Tensor  # p, (C,); empty before any
-    squares: Tensor  # p squared, (C,); empty before any
+    adapted: Seen
+    source: Seen  # on the batches on which it was asked
+    disagreement: Tensor  # 1 - p q on those, ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Verdict:
     source_low: float
     source_high: float
     images: int  # of the window that this is about
+    harmful: bool  # whether adaptation does harm: the adapted model errs more than the source, at 97.5 %
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class VerdictConfig:
         """Check every value against its range."""
         check_range("verdict.every", self.every, 1, example="5")
         check_range("verdict.window", self.window, 1, example="1000")
-        check_range("verdict.cells", self.cells, 2 * SIGNALS, example="60")
+        check_range("verdict.cells", self.cells, 8, example="60")
 
 
 class VerdictPart(Part):
@@ -88,14 +97,20 @@ class VerdictPart(Part):
 
     Config = VerdictConfig
     name = "verdict"
+    temperatures: Tensor
     weights: Tensor
+    between: Tensor
     spread: Tensor
+    leverage: Tensor
 
     def __init__(self, config: VerdictConfig | None = None) -> None:
         super().__init__(config)
-        # Of the adapted model and the source, as extrapolated and with the source right about clean images; w_0 first.
-        self.register_buffer("weights", torch.zeros(2, 2, 1 + SIGNALS))
-        self.register_buffer("spread", torch.full((2,), -1.0))  # of both, in logits; below 0 before it is fitted
+        # Of the adapted model, the source, and the first's logit less the second's; w_0 first.
+        self.register_buffer("temperatures", torch.ones(2))
+        self.register_buffer("weights", torch.zeros(3, 2, 1 + SIGNALS))  # as extrapolated, and as if p were the truth
+        self.register_buffer("between", torch.zeros(3, 1 + SIGNALS))  # v
+        self.register_buffer("spread", torch.full((3,), -1.0))  # in logits; below 0 before it is fitted
+        self.register_buffer("leverage", torch.zeros(3, 1 + SIGNALS, 1 + SIGNALS))  # a quadratic form of (1, x)
 
     @property
     def fitted(self) -> bool:
@@ -117,8 +132,9 @@ class VerdictPart(Part):
                 own = own_values(context.model, context.parameters)
                 context.count(context.images, {})
                 source = run_network(context.model, own, context.images, {}, context.autocast).logits
-            seen = after(state, output.logits.detach(), source, config.window, config.window / config.every)
-        context.remember(self.name, seen)
+            windows = config.window, config.window / config.every
+            found = after(state, output.logits.detach(), source, self.temperatures, windows)
+        context.remember(self.name, found)
 
     def verdict(self, state: VerdictState) -> Verdict | None:
         """What the state tells; None before the first batch.
@@ -131,16 +147,19 @@ class VerdictPart(Part):
                 "the part verdict has not learned what errors look like; it needs clean unlabeled images: set "
                 "source.images=PATH, or call metaopt.fit_verdict(model, policy, images) in code"
             )
-        if not bool(state.source_images > 0):
+        if not bool(state.source.images > 0):
             return None
-        x = torch.cat([state.images.new_ones(1), signals(state)]).double()
-        z = self.weights.double() @ x  # (2, 2)
-        error, count = z[:, 0].sigmoid(), state.images.double()
-        chance = (1 / count - 1 / CELL).clamp_min(0) / (error * (1 - error)).clamp_min(EDGE)
-        reach = NORMAL_95 * (self.spread.double().square() + chance).sqrt()
-        ends = (z.amin(dim=1) - reach).sigmoid(), (z[:, 0] + reach).sigmoid()
+        x = torch.cat([state.disagreement.new_ones(1), signals(state)]).double()
+        z = self.weights.double() @ x  # (3, 2)
+        spread = self.spread.double().square() * (1 + ((self.leverage.double() @ x) @ x).clamp_min(0))
+        spread = spread + (self.between.double() @ x).square()
+        error, counts = z[:2, 0].sigmoid(), torch.stack([state.adapted.images, state.source.images]).double()
+        chance = (1 / counts - 1 / CELL).clamp_min(0) / (error * (1 - error)).clamp_min(EDGE)
+        reach = NORMAL_95 * (spread[:2] + chance).sqrt()
+        ends = (z[:2].amin(dim=1) - reach).sigmoid(), (z[:2, 0] + reach).sigmoid()
         adapted, source = (100 * torch.stack([error, *ends], dim=1)).tolist()
-        return Verdict(*adapted, *source, images=round(float(count)))
+        harmful = z[2, 0] > NORMAL_95 * (spread[2] + chance.sum()).sqrt()
+        return Verdict(*adapted, *source, images=round(float(counts[0])), harmful=bool(harmful))
 
     def not_exported(self, state: VerdictState) -> str:
         """An exported network has no judge."""
@@ -148,10 +167,10 @@ class VerdictPart(Part):
 
     def check_state(self, state: VerdictState, classes: int) -> None:
         """Refuse means that no predictions over these classes have."""
-        for shares in (state.shares, state.squares):
+        for shares in (each for seen in (state.adapted, state.source) for each in (seen.shares, seen.squares)):
             if shares.numel() not in (0, classes) or bool(((shares < 0) | (shares > 1.01)).any()):
                 raise ValueError(f"verdict has means that are no probabilities of {classes} classes")
-        means = torch.stack([state.entropy, state.source_entropy, state.disagreement])
+        means = torch.stack([state.adapted.doubt, state.source.doubt, state.disagreement])
         if bool(((means < -0.01) | (means > 1.01)).any()):
             raise ValueError("verdict has a mean outside of 0 to 1")
 
@@ -162,12 +181,15 @@ class VerdictPart(Part):
 
 def nothing_seen(like: Tensor) -> VerdictState:
     """The state before the first batch, in the type and on the device of ``like``."""
-    means = {name: like.new_zeros(()) for name in VerdictState._fields}
-    return VerdictState(**means | {"shares": like.new_zeros(0), "squares": like.new_zeros(0)})
+    return VerdictState(like.new_zeros(()), _nobody(like), _nobody(like), like.new_zeros(()))
+
+
+def _nobody(like: Tensor) -> Seen:
+    return Seen(like.new_zeros(()), like.new_zeros(()), like.new_zeros(0), like.new_zeros(0))
 
 
 def after(
-    state: VerdictState, adapted: Tensor, source: Tensor | None, window: float, source_window: float
+    state: VerdictState, adapted: Tensor, source: Tensor | None, temperatures: Tensor, windows: tuple[float, float]
 ) -> VerdictState:
     """The state after a batch.
 
@@ -175,46 +197,52 @@ def after(
         state: before it.
         adapted: logits of the adapted model, (B, C).
         source: of the source on the same images, (B, C); None where it was not asked.
-        window: images that count at most in what is known of the adapted model.
-        source_window: images that count at most in the rest.
+        temperatures: T of the adapted model and of the source, (2,).
+        windows: images that count at most in what is known of the adapted model, and in the rest.
     """
-    kept, share = _weights(state.images, len(adapted), window)
-    q = adapted.softmax(dim=1).to(state.entropy)
     found = state._replace(
-        batches=state.batches + 1,
-        images=kept + len(adapted),
-        entropy=torch.lerp(state.entropy, _entropy(q).mean(), share),
+        batches=state.batches + 1, adapted=_with(state.adapted, adapted, temperatures[0], windows[0])
     )
     if source is None:
         return found
-    p = source.softmax(dim=1).to(state.entropy)
-    shares, squares = (state.shares, state.squares) if state.shares.numel() else (p.mean(0), p.square().mean(0))
-    kept, share = _weights(state.source_images, len(source), source_window)
+    p, q = (logits.softmax(dim=1).to(state.disagreement) for logits in (source, adapted))
+    share = _weights(state.source.images, len(source), windows[1])[1]
     return found._replace(
-        source_images=kept + len(source),
-        source_entropy=torch.lerp(state.source_entropy, _entropy(p).mean(), share),
+        source=_with(state.source, source, temperatures[1], windows[1]),
         disagreement=torch.lerp(state.disagreement, 1 - (p * q).sum(dim=1).mean(), share),
-        shares=torch.lerp(shares, p.mean(0), share),
-        squares=torch.lerp(squares, p.square().mean(0), share),
+    )
+
+
+def _with(seen: Seen, logits: Tensor, temperature: Tensor, window: float) -> Seen:
+    """What is known of a model after its logits on a batch, (B, C)."""
+    kept, share = _weights(seen.images, len(logits), window)
+    p = logits.softmax(dim=1).to(seen.doubt)
+    doubt = 1 - (logits / temperature).softmax(dim=1).amax(dim=1).mean().to(seen.doubt)
+    shares, squares = (seen.shares, seen.squares) if seen.shares.numel() else (p.mean(0), p.square().mean(0))
+    return Seen(
+        kept + len(logits),
+        torch.lerp(seen.doubt, doubt, share),
+        torch.lerp(shares, p.mean(0), share),
+        torch.lerp(squares, p.square().mean(0), share),
     )
 
 
 def signals(state: VerdictState) -> Tensor:
-    """x of what was seen, (4,)."""
-    p, classes = state.shares, state.shares.numel()
+    """x of what was seen, (5,)."""
+    own = [torch.stack([seen.doubt.logit(eps=EDGE), _unevenness(seen)]) for seen in (state.source, state.adapted)]
+    return torch.cat([own[0], state.disagreement.logit(eps=EDGE).unsqueeze(0), own[1]])
+
+
+def _unevenness(seen: Seen) -> Tensor:
+    """u of a model's classes, ()."""
+    p, classes = seen.shares, seen.shares.numel()
     uneven = 1 - torch.special.entr(p).sum() / math.log(classes)
-    spread = ((state.squares - p.square()).clamp_min(0) / p.clamp_min(torch.finfo(p.dtype).tiny)).sum()
-    by_chance = spread / (2 * state.source_images * math.log(classes))  # of the entropy of a mean, to first order
-    shares = torch.stack([state.source_entropy, state.disagreement, state.entropy]).logit(eps=EDGE)
-    return torch.stack([shares[0], ((uneven - by_chance).clamp_min(0) + EVEN).log(), shares[1], shares[2]])
+    spread = ((seen.squares - p.square()).clamp_min(0) / p.clamp_min(torch.finfo(p.dtype).tiny)).sum()
+    by_chance = spread / (2 * seen.images * math.log(classes))  # of the entropy of a mean, to first order
+    return ((uneven - by_chance).clamp_min(0) + EVEN).log()
 
 
 def _weights(before: Tensor, images: int, window: float) -> tuple[Tensor, Tensor]:
     """For how many images those before count beside a batch, and the share of the batch in the new mean."""
     kept = before.clamp(max=max(window - images, 0.0))
     return kept, images / (kept + images)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    """Of each prediction, as a share of log C, (B,)."""
-    return torch.special.entr(probabilities).sum(dim=1) / math.log(probabilities.shape[1])

@@ -12,7 +12,18 @@ from torch import Tensor
 from metaopt.errors import ConfigError
 from metaopt.online import OnlineAdapter, Progress, run_stream
 from metaopt.policy import AdaptationPolicy
-from metaopt.policy.parts.verdict import CELL, EDGE, EVEN, VerdictConfig, VerdictPart, after, nothing_seen, signals
+from metaopt.policy.parts.verdict import (
+    CELL,
+    EDGE,
+    EVEN,
+    SIGNALS,
+    VerdictConfig,
+    VerdictPart,
+    VerdictState,
+    after,
+    nothing_seen,
+    signals,
+)
 
 from ...online.test_progress import scored, stream_for
 from ...tiny import BARE, assert_goes_on, random_images, tiny_model, tiny_policy
@@ -24,8 +35,21 @@ def fitted(**config: int) -> VerdictPart:
     """A part that knows something, drawn at random."""
     part, randomness = VerdictPart(VerdictConfig(**config)), torch.Generator().manual_seed(0)
     part.weights = torch.randn(part.weights.shape, generator=randomness)
-    part.spread = torch.tensor([0.2, 0.3])
+    part.spread = torch.tensor([0.2, 0.3, 0.25])
+    part.temperatures = torch.tensor([2.0, 3.0])
+    root = 0.1 * torch.randn(part.leverage.shape, generator=randomness)
+    part.leverage = root @ root.mT
+    part.between = 0.1 * torch.randn(part.between.shape, generator=randomness)
     return part
+
+
+WHOLE = math.inf, math.inf
+COLD = torch.ones(2)
+
+
+def seen(adapted: Tensor, source: Tensor | None = None, temperatures: Tensor = COLD) -> VerdictState:
+    """The state after one batch, in the type of its logits."""
+    return after(nothing_seen(adapted.new_zeros(())), adapted, source, temperatures, WHOLE)
 
 
 def policy_with(part: VerdictPart | None) -> AdaptationPolicy:
@@ -51,58 +75,55 @@ def test_signals_are_their_equations() -> None:
     state, adapted, source = nothing_seen(torch.zeros((), dtype=torch.float64)), logits(24, 0), logits(24, 1)
     for part in range(3):
         index = slice(8 * part, 8 * part + 8)
-        state = after(state, adapted[index], source[index], math.inf, math.inf)
+        state = after(state, adapted[index], source[index], torch.tensor([2.0, 3.0]).double(), WHOLE)
     p, q = shares(source), shares(adapted)
-
-    def entropy(values: np.ndarray) -> np.ndarray:
-        return -(values * np.log(values)).sum(-1) / math.log(5)
 
     def logit(share: float) -> float:
         return math.log(share / (1 - share))
 
-    mean = p.mean(0)
-    chance = (p.var(0) / mean).sum() / (2 * 24 * math.log(5))
-    uneven = 1 - entropy(mean) - chance
-    expected = [logit(entropy(p).mean()), math.log(max(uneven, 0) + EVEN)]
-    expected += [logit(1 - (p * q).sum(1).mean()), logit(entropy(q).mean())]
+    def uneven(values: np.ndarray) -> float:
+        mean = values.mean(0)
+        entropy = -(mean * np.log(mean)).sum() / math.log(5)
+        chance = (values.var(0) / mean).sum() / (2 * 24 * math.log(5))
+        return math.log(max(1 - entropy - chance, 0) + EVEN)
+
+    expected = [logit(1 - shares(source / 3).max(1).mean()), uneven(p), logit(1 - (p * q).sum(1).mean())]
+    expected += [logit(1 - shares(adapted / 2).max(1).mean()), uneven(q)]
     assert signals(state).tolist() == pytest.approx(expected, rel=1e-10)
 
 
 def test_what_lies_behind_the_window_is_forgotten() -> None:
     state = nothing_seen(torch.zeros((), dtype=torch.float64))
     for seed in range(60):
-        state = after(state, logits(8, seed) * 0, None, 32, 32)
-    assert float(state.entropy) == pytest.approx(1.0) and float(state.images) == 32
+        state = after(state, logits(8, seed) * 0, None, COLD, (32, 32))
+    assert float(state.adapted.doubt) == pytest.approx(0.8) and float(state.adapted.images) == 32
     for seed in range(60):
-        state = after(state, logits(8, seed) * 100, None, 32, 32)
-    assert float(state.entropy) < 0.01
+        state = after(state, logits(8, seed) * 100, None, COLD, (32, 32))
+    assert float(state.adapted.doubt) < 0.02
 
 
 def test_even_classes_look_even_whatever_the_number_of_images() -> None:
     source = logits(4000, 3)
     few, many = (
-        torch.stack(
-            [
-                signals(after(nothing_seen(source[0, 0]), source[i : i + n], source[i : i + n], math.inf, math.inf))[
-                    1
-                ].exp()
-                for i in range(0, 4000, n)
-            ]
-        ).mean()
+        torch.stack([signals(seen(source[i : i + n], source[i : i + n]))[1].exp() for i in range(0, 4000, n)]).mean()
         for n in (20, 2000)
     )
     assert float(few) == pytest.approx(float(many), abs=0.02)  # uncorrected, 20 images look less even by 0.05
 
 
-def test_estimates_are_those_of_the_weights() -> None:
+@pytest.mark.parametrize("strange", [1.0, 30.0])
+def test_estimates_are_those_of_the_weights(strange: float) -> None:
     part = fitted(every=1)
+    part.leverage = strange * part.leverage
     state = nothing_seen(torch.zeros((), dtype=torch.float64))
     for seed in range(40):
-        state = after(state, logits(10, seed), logits(10, 100 + seed), math.inf, math.inf)
+        state = after(state, logits(10, seed), logits(10, 100 + seed), part.temperatures, WHOLE)
     found, x = part.verdict(state), np.concatenate([[1.0], signals(state).numpy()])
     assert found is not None and found.images == 400
     z = part.weights.double().numpy() @ x
-    reach = 1.96 * part.spread.double().numpy()
+    h = np.array([x @ form @ x for form in part.leverage.double().numpy()])
+    between = part.between.double().numpy() @ x
+    reach = 1.96 * np.sqrt(part.spread.double().numpy() ** 2 * (1 + h) + between**2)
 
     def percent(value: float) -> float:
         return 100 / (1 + math.exp(-value))
@@ -114,12 +135,25 @@ def test_estimates_are_those_of_the_weights() -> None:
     assert told == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("ahead", "told"), [(0.5, True), (0.4, False), (-0.5, False)])
+def test_harm_is_told_beyond_doubt_alone(ahead: float, told: bool) -> None:
+    part = fitted()
+    for name in ("weights", "leverage", "between"):
+        part.get_buffer(name).zero_()
+    part.weights[2, 0, 0] = ahead  # against 1.96 * 0.25
+    found = part.verdict(seen(logits(400, 0), logits(400, 1)))
+    assert found is not None and found.harmful is told
+    part.leverage[2, 0, 0] = 1.0
+    again = part.verdict(seen(logits(400, 0), logits(400, 1)))
+    assert again is not None and not again.harmful
+
+
 def test_few_images_tell_less() -> None:
     part, widths = fitted(), []
-    part.weights = torch.zeros_like(part.weights)
+    for name in ("weights", "leverage", "between"):
+        part.get_buffer(name).zero_()
     for count in (16, 64, CELL, 4 * CELL):
-        state = after(nothing_seen(torch.zeros(())), logits(count, 0), logits(count, 1), math.inf, math.inf)
-        found = part.verdict(state)
+        found = part.verdict(seen(logits(count, 0).float(), logits(count, 1).float()))
         assert found is not None
         widths.append(found.high - found.low)
     assert widths[0] > widths[1] > widths[2] == widths[3]
@@ -187,8 +221,8 @@ def test_it_sees_the_source_itself() -> None:
         with torch.no_grad():
             p.append(source(images).logits.softmax(dim=1))
     state = found.state["verdict"]
-    assert torch.allclose(state.shares, torch.cat(p).mean(dim=0), atol=1e-6)
-    assert float(state.images) == float(state.source_images) == 64
+    assert torch.allclose(state.source.shares, torch.cat(p).mean(dim=0), atol=1e-6)
+    assert float(state.adapted.images) == float(state.source.images) == 64
 
 
 def test_it_goes_on_from_a_file_and_starts_anew_at_a_reset(tmp_path: Path) -> None:
@@ -209,7 +243,7 @@ def test_policy_file_keeps_what_was_fitted(tmp_path: Path) -> None:
     policy.save(tmp_path / "ckpt.pt")
     found = AdaptationPolicy.load(tmp_path / "ckpt.pt").part("verdict")
     assert found.fitted and found.config == VerdictConfig(every=2)
-    assert torch.equal(found.weights, policy.part("verdict").weights)
+    assert all(torch.equal(value, found.get_buffer(name)) for name, value in policy.part("verdict").named_buffers())
 
 
 def test_batch_that_is_not_finite_counts_for_nothing() -> None:
@@ -240,16 +274,17 @@ def test_settings_out_of_range(values: dict[str, int], message: str) -> None:
 
 
 def test_state_of_other_classes_is_refused() -> None:
-    state = after(nothing_seen(torch.zeros(())), logits(8, 0), logits(8, 1), 100, 100)
+    state = seen(logits(8, 0), logits(8, 1))
     VerdictPart().check_state(state, 5)
     with pytest.raises(ValueError, match="no probabilities of 4 classes"):
         VerdictPart().check_state(state, 4)
     with pytest.raises(ValueError, match="outside of 0 to 1"):
-        VerdictPart().check_state(state._replace(entropy=torch.tensor(7.0)), 5)
+        VerdictPart().check_state(state._replace(disagreement=torch.tensor(7.0)), 5)
 
 
 def test_sure_predictions_give_finite_estimates() -> None:
-    state = after(nothing_seen(torch.zeros(())), logits(8, 0) * 1e4, logits(8, 0) * 1e4, 100, 100)
+    state = seen(logits(8, 0) * 1e4, logits(8, 0) * 1e4)
+    assert len(signals(state)) == SIGNALS
     assert signals(state)[[0, 2, 3]].tolist() == pytest.approx([math.log(EDGE / (1 - EDGE))] * 3, rel=1e-4)
     found = fitted().verdict(state)
     assert found is not None and 0 <= found.low <= found.estimated_error <= found.high <= 100
