@@ -101,6 +101,10 @@ class Part(nn.Module):
         """State before the first batch: a tree of tensors, or None."""
         return None
 
+    def init_beside(self, parameters: Parameters, states: Mapping[str, Any]) -> Any:
+        """State before the first batch of a part that keeps what others remember, or None: those have ``states``."""
+        return None
+
     def exported(self, parameters: Parameters, state: Any) -> Parameters:
         """The adapted tensors that the exported model has, in place of those given."""
         return parameters

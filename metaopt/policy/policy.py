@@ -39,7 +39,8 @@ class AdaptationPolicy(nn.Module):
         objective: label-free loss; None for a method that never updates.
         rule: update rule; None for a method that never updates. A learned rule is an ``nn.Module`` whose tensors are
             learned together with the objective's weights.
-        parts: in the order in which they act where several do so at the same place; what one uses is added behind it.
+        parts: in the order in which they act where several do so at the same place; what one uses is added before it, and
+            what helps others alone behind all.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
         seed: of what is drawn online: augmented views, and a teacher's restores.
         layers: patterns of the normalisation layers that adapt (`metaopt.norm_layers.chosen_layers`); None: all.
@@ -61,7 +62,11 @@ class AdaptationPolicy(nn.Module):
         self.method, self.adapts, self.seed = method, adapts, seed
         self.objective, self.rule = objective, rule
         self.layers = None if layers is None else tuple(layers)
-        named = {part.name: part for part in parts}
+        given = {part.name: part for part in parts}
+        named: dict[str, Part] = {}
+        for part in parts:
+            named |= {kind.name: kind() for kind in part.uses if not kind.helper and kind.name not in given | named}
+            named[part.name] = part
         for part in parts:
             for kind in part.uses:
                 named.setdefault(kind.name, kind())
@@ -163,7 +168,8 @@ class AdaptationPolicy(nn.Module):
         found: State = {name: state for name, state in states.items() if state is not None}
         if self.rule is not None:
             found["rule"] = self.rule.init(parameters)
-        return found
+        beside = {part.name: part.init_beside(parameters, found) for part in self.listed}
+        return found | {name: state for name, state in beside.items() if state is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """All of a learned policy as primitives and tensors.
