@@ -4,7 +4,7 @@
 act        what happens there                                    parts there
 ========== ===================================================== ==========================================
 observe    signals that cost no backward pass, shared by name    shift distance
-restore    the parameters before the batch                       restoration
+restore    the parameters before the batch                       restoration, domain memory
 decide     whether the batch is worth an update                  update gate
 condition  what the forward pass takes                           batch statistics, experts
 teach      logits of a teacher                                   teacher

@@ -39,8 +39,8 @@ class AdaptationPolicy(nn.Module):
         objective: label-free loss; None for a method that never updates.
         rule: update rule; None for a method that never updates. A learned rule is an ``nn.Module`` whose tensors are
             learned together with the objective's weights.
-        parts: in the order in which they act where several do so at the same place; what one uses is added before it, and
-            what helps others alone behind all.
+        parts: in the order in which they act where several do so at the same place; what one uses is added before
+            it, and what helps others alone behind all.
         adapts: which tensors change (`metaopt.policy.adapts.ADAPTS`).
         seed: of what is drawn online: augmented views, and a teacher's restores.
         layers: patterns of the normalisation layers that adapt (`metaopt.norm_layers.chosen_layers`); None: all.

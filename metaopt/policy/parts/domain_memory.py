@@ -16,7 +16,8 @@ The state of the rule comes back with the tensors, and so does the count of upda
 policy has learned what its first updates in a domain do, and, begun again and again on tensors that are adapted
 already, ruins them (the error of ResNet-20 on seven domains in turn, eight times, rises from 24 to 54 % then).
 
-A model for each of the domains that come back, told by first-layer statistics: Vray et al., ReservoirTTA (NeurIPS 2025).
+A model for each of the domains that come back, told by statistics of early layers: Vray et al., ReservoirTTA (NeurIPS
+2025). The update gate sees the distance from the domain that was left, so that it opens for the first batch.
 """
 
 from dataclasses import dataclass
