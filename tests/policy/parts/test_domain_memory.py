@@ -229,7 +229,7 @@ def test_methods_have_restoration_with_it_the_policys_where_one_is_given() -> No
     learned = with_parts(tiny_policy(tiny_model()), Restoration(RestorationConfig(peak=0.5)))
     assert build_method(tent, policy=learned).part("restoration") is learned.part("restoration")
     for off in (False, None):
-        with pytest.raises(ConfigError, match="parts.domain_memory does not act without"):
+        with pytest.raises(ConfigError, match=r"parts\.domain_memory does not act without"):
             MethodConfig("tent", update="adam", objective={"entropy": 1.0}, parts={**tent.parts, "restoration": off})
     with pytest.raises(ConfigError, match="does not go with adapts=all"):
         MethodConfig("tent", update="adam", objective={"entropy": 1.0}, adapts="all", parts=tent.parts)
