@@ -33,6 +33,7 @@ PARTS: dict[str, Any] = {
     "experts": "metaopt.policy.parts.experts:ExpertsPart",
     "initialization": "metaopt.policy.parts.initialization:Initialization",
     "restoration": "metaopt.policy.parts.restoration:Restoration",
+    "domain_memory": "metaopt.policy.parts.domain_memory:DomainMemory",
     "shift_distance": "metaopt.policy.parts.shift_distance:ShiftDistance",
     "update_gate": "metaopt.policy.parts.update_gate:UpdateGate",
     "teacher": "metaopt.policy.parts.teacher:Teacher",

@@ -101,11 +101,24 @@ class MethodConfig:
         """
         for name in self.parts:
             registry.get("part", name)
-        wanted = {n: self.parts[n] for n in registry.PARTS if not (self.parts.get(n) is None or self.parts[n] is False)}
+        wanted = {name: value for name, value in self.parts.items() if not (value is None or value is False)}
+        wanted |= self._used_by(wanted)
         return {
-            name: (value, settings(registry.get("part", name).Config, value, f"method.parts.{name}"))
-            for name, value in wanted.items()
+            name: (wanted[name], settings(registry.get("part", name).Config, wanted[name], f"method.parts.{name}"))
+            for name in registry.PARTS
+            if name in wanted
         }
+
+    def _used_by(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Parts that wanted ones do not act without, helpers aside: as learned, where a policy is given."""
+        used = {kind.name: user for user in wanted for kind in registry.get("part", user).uses if not kind.helper}
+        for name, user in used.items():
+            if name in self.parts and name not in wanted:
+                raise ConfigError(
+                    f"method.parts.{name} is {self.parts[name]} and parts.{user} does not act without; allowed is both "
+                    f"or neither: set method.parts.{user}=false, or leave parts.{name} out"
+                )
+        return {name: True for name in used if name not in wanted}
 
     def build_rule(self) -> UpdateRule:
         """The hand-made update rule.
@@ -232,7 +245,9 @@ def _parts(config: MethodConfig, policy: AdaptationPolicy | None) -> list[Part]:
                 )
         found[name] = part
     if config.inherit:
-        found |= {name: part for name, part in learned.items() if name not in config.parts and not part.helper}
+        inherited = {name: part for name, part in learned.items() if name not in config.parts and not part.helper}
+        acting = found.keys() | inherited.keys()
+        found |= {n: part for n, part in inherited.items() if all(k.helper or k.name in acting for k in part.uses)}
     elif config.update == "generator" and "experts" in learned:  # its step sizes are theirs too
         found["experts"] = learned["experts"]
         if "teacher" in learned:

@@ -4,7 +4,7 @@
 act        what happens there                                    parts there
 ========== ===================================================== ==========================================
 observe    signals that cost no backward pass, shared by name    shift distance
-restore    the parameters before the batch                       restoration
+restore    the parameters before the batch                       restoration, domain memory
 decide     whether the batch is worth an update                  update gate
 condition  what the forward pass takes                           batch statistics, experts
 teach      logits of a teacher                                   teacher
@@ -99,6 +99,10 @@ class Part(nn.Module):
 
     def init(self, parameters: Parameters) -> Any:
         """State before the first batch: a tree of tensors, or None."""
+        return None
+
+    def init_beside(self, parameters: Parameters, states: Mapping[str, Any]) -> Any:
+        """State before the first batch of a part that keeps what others remember, or None: those have ``states``."""
         return None
 
     def exported(self, parameters: Parameters, state: Any) -> Parameters:

@@ -160,7 +160,8 @@ class AdaptationPolicy(nn.Module):
         found: State = {name: state for name, state in states.items() if state is not None}
         if self.rule is not None:
             found["rule"] = self.rule.init(parameters)
-        return found
+        beside = {part.name: part.init_beside(parameters, found) for part in self.listed}
+        return found | {name: state for name, state in beside.items() if state is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """All of a learned policy as primitives and tensors.

@@ -47,6 +47,7 @@ class StepContext:
     opened: bool = True  # whether the update gate let it through, where there is one
     refused: bool = False  # whether a part found nothing in the batch to learn from
     begun: bool = False  # whether rule and parts have forgotten what was before: another domain
+    left: tuple[Parameters, State] | None = None  # parameters and state as the batch before left them
     frugal: bool = False  # whether passes are to be saved: looks go by some of the images
     passes: list[float] = field(default_factory=list)  # of the network so far, counted for each image
     autocast: Autocast = nullcontext  # what the network runs within
@@ -172,6 +173,7 @@ def meet(context: StepContext, signals: dict[str, Tensor] | None = None) -> None
         context: of the batch; parameters and state change.
         signals: what is known of it already, so that nobody looks again.
     """
+    context.left = context.parameters, context.state
     if signals is None:
         for part in context.acting("observe"):
             part.observe(context)
