@@ -225,8 +225,11 @@ def _parts(config: MethodConfig, policy: AdaptationPolicy | None) -> list[Part]:
     learned = {} if policy is None else {part.name: part for part in policy.listed}
     found: dict[str, Part] = {}
     for name, (value, values) in config.named_parts().items():
-        part = learned.get(name) if value is True else None
-        part = registry.get("part", name)(values) if part is None else part
+        known = learned.get(name)
+        if known is None:
+            part = registry.get("part", name)(values)
+        else:
+            part = known if value is True else known.with_settings(values)
         if part is not learned.get(name) and part.learned_only:
             if name in learned and learned[name].learned_only:
                 _check_as_learned(learned[name], value, values)

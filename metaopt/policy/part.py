@@ -86,6 +86,10 @@ class Part(nn.Module):
         """The part before meta-training on a model, with what it learns at its start, drawn from ``seed``."""
         return cls(config)
 
+    def with_settings(self, config: Any) -> Self:
+        """The part with other settings in deployment; what it has learned goes with its own, and is left behind."""
+        return type(self)(config)
+
     def attach(self, model: SourceModel) -> SourceModel:
         """The model that the method adapts, in place of the one given."""
         return model

@@ -37,6 +37,7 @@ batches are skewed, distances count for less by the design effect :math:`1 + (n 
 with :math:`\rho` the share of classes in the variance of what the shift distance looks at, on clean images.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ class ClassSkewConfig:
     )
     temperature: float | None = 2.5  # T of own answers that are corrected for their classes; None: nothing is corrected
     cautious_temperature: float = 4.0  # of the answers to skewed batches
-    certainty: float = 0.99  # beyond which classes are uneven
+    certainty: float = 0.999  # beyond which classes are uneven
 
     def __post_init__(self) -> None:
         """Check every value against its range."""
@@ -132,6 +133,12 @@ class ClassSkew(LayeredPart):
     def build(cls, config: ClassSkewConfig, model: SourceModel, seed: int = 0) -> Self:
         """For the BatchNorm layers of a model, if it has some."""
         return cls(config, prior_layers(model.module))
+
+    def with_settings(self, config: ClassSkewConfig) -> Self:
+        """The same of other settings: none of them changes what was learned."""
+        found = copy.deepcopy(self)
+        found.config = config
+        return found
 
     def prepare(self, model: nn.Module, images: Callable[[], Tensor], batch_size: int) -> None:
         """Learn from clean source images what differs without a shift, unless it is known."""
