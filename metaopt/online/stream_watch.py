@@ -37,7 +37,7 @@ TOGETHER = 8  # batches are judged together, for it takes a small network's step
 SMALL = 0.25  # of the batch size in meta-training
 
 MISLED = "which misleads batch statistics, class_balance and diversity"
-HANDLED = "so class_skew answers its batches near the source, and little is learned of them"
+HANDLED = "so class_skew answers its batches for the classes that they hold, and little is learned of them"
 
 LOGGER = logging.getLogger("metaopt")
 
