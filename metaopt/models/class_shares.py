@@ -63,7 +63,7 @@ def own_prior(logits: Tensor) -> Tensor:
     return prior
 
 
-def uneven(logits: Tensor, certainty: float) -> bool:
+def uneven(logits: Tensor, certainty: float, dispersion: float = 1.0) -> bool:
     r"""Whether classes are drawn unevenly, by a likelihood ratio test of the likeliest prior against an even one.
 
     Of even classes, twice the logarithm of the ratio is distributed as :math:`\chi^2` with C - 1 degrees of freedom
@@ -72,9 +72,10 @@ def uneven(logits: Tensor, certainty: float) -> bool:
     Args:
         logits: (B, C); images with NaN count for nothing.
         certainty: the share of batches of even classes that pass for even.
+        dispersion: by how much larger than by chance the statistic is of even classes, for the model errs in some.
     """
     classes = logits.shape[1]
-    ratio = float((_whole(logits) @ (own_prior(logits) * classes)).log().sum().clamp_min(0))
+    ratio = float((_whole(logits) @ (own_prior(logits) * classes)).log().sum().clamp_min(0)) / dispersion
     half = torch.tensor(
         [(classes - 1) / 2, ratio], dtype=torch.float64
     )  # of the degrees of freedom, and of the statistic

@@ -30,7 +30,7 @@ The policy's own answer is corrected too where its classes are *uneven*, be it n
 log likelihood that this prior gains over an even one is larger than even classes reach in a share ``certainty`` of all
 batches, by its :math:`\chi^2` distribution with C - 1 degrees of freedom. Such batches are learned from. What a network
 without BatchNorm predicts leans to some classes for as long as a shift lasts, so it is divided first by that which
-makes its mean over the domain so far even.
+makes its mean over the domain so far even, and of the likelihood half counts.
 
 Neighbouring batches of a stream that is sorted by class lie far from each other without any shift of domain. While
 batches are skewed, distances count for less by the design effect :math:`1 + (n - 1) \rho` of n images of one class,
@@ -58,7 +58,8 @@ from metaopt.types import ForwardOutput, Parameters, StepOutput
 
 EVEN = 0.9  # of e, from where no second look is needed
 WINDOW = 2000.0  # images of a domain that count; the cautious pass has constant parameters, so they stay true
-EVEN_IMAGES = 20.0  # beside a domain's, of a network without BatchNorm that leans to no class
+EVEN_IMAGES = 10.0  # beside a domain's, of a network without BatchNorm that leans to no class
+DISPERSION = 2.0  # of the likelihood ratio where such a network leans: its predictions are even in the mean alone
 FRUGAL = 50  # images that a look goes by at least where passes are to be saved
 SCALES = (2.0, 2.0, 4.0)  # s_1 to s_3 before meta-training
 
@@ -202,15 +203,15 @@ class ClassSkew(LayeredPart):
 
     def answer(self, context: StepContext, logits: Tensor) -> Tensor:
         """The policy's own answer, for the classes that the batch holds where those are uneven."""
-        temperature, told = self.config.temperature, logits.detach()
+        temperature, told, dispersion = self.config.temperature, logits.detach(), 1.0
         if temperature is None or bool(context.signals["skewed"]):
             return logits
         if not self.layers:
             state, images = context.state[self.name], len(logits)
             step = images / (EVEN_IMAGES + _counted(state, images) + images)
             context.notes[self.name] = shares = leaning(state.shares, told, step)
-            told = told - shares.log()
-        context.signals["uneven"] = logits.new_tensor(float(uneven(told, self.config.certainty)))
+            told, dispersion = told - shares.log(), DISPERSION
+        context.signals["uneven"] = logits.new_tensor(float(uneven(told, self.config.certainty, dispersion)))
         return with_own_prior(logits / temperature) if bool(context.signals["uneven"]) else logits
 
     def judge(self, context: StepContext, output: StepOutput) -> None:
