@@ -67,6 +67,7 @@ class Part(nn.Module):
     acts: ClassVar[frozenset[str]] = frozenset()
     events: ClassVar[tuple[str, ...]] = ()  # names of what it reports in StepContext.events
     learned_only: ClassVar[bool] = False  # whether it is of no use without what meta-training learns
+    lasting: ClassVar[bool] = False  # whether what it remembers outlives a domain
     helper: ClassVar[bool] = False  # whether it acts for others alone, which bring it along
     own_judge: ClassVar[str] = "keep"  # with a meta-loss that is the policy's own objective: "keep", "freeze" or "drop"
 
@@ -106,7 +107,7 @@ class Part(nn.Module):
         return None
 
     def init_beside(self, parameters: Parameters, states: Mapping[str, Any]) -> Any:
-        """State before the first batch of a part that keeps what others remember, or None: those have ``states``."""
+        """State before the first batch of a part that keeps what others remember of a domain, ``states``; or None."""
         return None
 
     def exported(self, parameters: Parameters, state: Any) -> Parameters:

@@ -82,6 +82,11 @@ class AdaptationPolicy(nn.Module):
         """The parts in order."""
         return [cast(Part, part) for part in self.parts.values()]
 
+    @property
+    def lasting(self) -> frozenset[str]:
+        """Names of the parts whose state outlives a domain."""
+        return frozenset(part.name for part in self.listed if part.lasting)
+
     def part(self, name: str) -> Any:
         """The part of that name; None without it."""
         return dict(self.parts.items()).get(name)
@@ -160,7 +165,8 @@ class AdaptationPolicy(nn.Module):
         found: State = {name: state for name, state in states.items() if state is not None}
         if self.rule is not None:
             found["rule"] = self.rule.init(parameters)
-        beside = {part.name: part.init_beside(parameters, found) for part in self.listed}
+        of_domain = {name: state for name, state in found.items() if name not in self.lasting}
+        beside = {part.name: part.init_beside(parameters, of_domain) for part in self.listed}
         return found | {name: state for name, state in beside.items() if state is not None}
 
     def to_dict(self) -> dict[str, Any]:

@@ -68,8 +68,9 @@ class StepContext:
         self.state = {**self.state, name: state}
 
     def begin_anew(self, event: str) -> None:
-        """Forget what rule and parts remember, as before the first batch, and report it."""
-        self.state, self.begun = self.policy.init(self.parameters), True
+        """Forget what rule and parts remember of a domain, as before the first batch, and report it."""
+        lasting = {name: self.state[name] for name in self.policy.lasting}
+        self.state, self.begun = self.policy.init(self.parameters) | lasting, True
         self.events.append(event)
 
     def count(self, images: Tensor, tensors: Parameters) -> None:

@@ -125,7 +125,12 @@ class ClassSkew(LayeredPart):
     own_judge = "freeze"
 
     def __init__(self, config: ClassSkewConfig | None = None, layers: Sequence[str] = ()) -> None:
-        super().__init__(config, layers)
+        super().__init__(config)
+        self._know_layers(layers)
+
+    def _know_layers(self, layers: Sequence[str]) -> None:
+        """Begin with these layers, of which nothing else is known."""
+        self.layers = tuple(layers)
         self.register_buffer("variation", torch.full((3, len(self.layers)), -1.0))  # F, A and C
         self.register_buffer("correlation", torch.tensor(-1.0))  # rho
         self.log_scales = nn.Parameter(torch.tensor(SCALES).log()) if self.layers else None
@@ -141,9 +146,18 @@ class ClassSkew(LayeredPart):
         found.config = config
         return found
 
+    def attach(self, model: SourceModel) -> SourceModel:
+        """The same model, whose layers are to be known: of a hand-made method nobody has told them."""
+        if not self.layers and (layers := prior_layers(model.module)):
+            self._know_layers(layers)
+        return model
+
     def prepare(self, model: nn.Module, images: Callable[[], Tensor], batch_size: int) -> None:
         """Learn from clean source images what differs without a shift, unless it is known."""
-        if self._known or not isinstance(model, SourceModel):
+        if not isinstance(model, SourceModel):
+            return
+        self.attach(model)
+        if self._known:
             return
         found = class_variation(model, images(), batch_size)
         told = torch.stack([found.offset, found.between_images, found.between_classes])

@@ -80,11 +80,12 @@ class DomainMemory(Part):
         parameters, states = context.left
         known = [domain for domain in states[self.name] if int(domain.reference.count) > 0]
         found = self._nearest(context, known)
-        kept = [_left(parameters, {name: state for name, state in states.items() if name != self.name})]
+        lasting = context.policy.lasting
+        kept = [_left(parameters, {n: state for n, state in states.items() if n not in {self.name, *lasting}})]
         kept += [domain for domain in known if domain is not found]
         if found is not None:
             context.parameters = _shaped(found.parameters, context.parameters)
-            context.state = found.state
+            context.state = {name: context.state[name] for name in lasting} | found.state
             context.events.append("recalled")
         context.remember(self.name, (*kept, *free)[: self.config.domains])
 

@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.errors import check_range
-from metaopt.parameters import own_values
 from metaopt.policy.part import Part
-from metaopt.policy.parts.verdict import VerdictPart
-from metaopt.policy.precision import run_network
+from metaopt.policy.parts.verdict import VerdictPart, source_logits
 from metaopt.policy.step import StepContext
 from metaopt.types import Parameters, StepOutput
 
@@ -70,6 +68,7 @@ class Rollback(Part):
     Config = RollbackConfig
     name = "rollback"
     uses = (VerdictPart,)
+    lasting = True  # adaptation that does harm can look like a shift
     events = ("rolled_back", "held")
 
     def init(self, parameters: Parameters) -> RollbackState:
@@ -79,15 +78,6 @@ class Rollback(Part):
         return RollbackState(
             zero.clone(), zero.clone(), zero.clone(), zero.clone(), zero.clone(), zero.clone(), snapshots
         )
-
-    def observe(self, context: StepContext) -> None:
-        """Note what is known before others may begin anew."""
-        context.notes[self.name] = context.state[self.name]
-
-    def restore(self, context: StepContext) -> None:
-        """Know it still where the stream is taken for another one: adaptation that does harm can look like a shift."""
-        if context.begun and self.name in context.notes:
-            context.remember(self.name, context.notes[self.name])
 
     def decide(self, context: StepContext) -> Tensor:
         """Below 0 in a hold; without limit above it elsewhere, where others decide."""
@@ -99,9 +89,7 @@ class Rollback(Part):
         if not bool(context.state[self.name].source):
             return None
         with torch.no_grad():
-            own = own_values(context.model, context.parameters)
-            context.count(context.images, {})
-            return run_network(context.model, own, context.images, {}, context.autocast).logits
+            return source_logits(context)
 
     def judge(self, context: StepContext, output: StepOutput) -> None:
         """Hear the verdict, and go back or take a snapshot."""

@@ -129,9 +129,7 @@ class VerdictPart(Part):
         source = None
         with torch.no_grad():
             if int(state.batches) % config.every == 0:
-                own = own_values(context.model, context.parameters)
-                context.count(context.images, {})
-                source = run_network(context.model, own, context.images, {}, context.autocast).logits
+                source = source_logits(context)
             windows = config.window, config.window / config.every
             found = after(state, output.logits.detach(), source, self.temperatures, windows)
         context.remember(self.name, found)
@@ -177,6 +175,13 @@ class VerdictPart(Part):
     def transferred(self, model: SourceModel) -> tuple[Self, str]:
         """The same settings; errors of another model look otherwise."""
         return type(self)(self.config), "to be fitted on this model"
+
+
+def source_logits(context: StepContext) -> Tensor:
+    """What the source says of the batch, (B, C), by a pass that is counted."""
+    own = own_values(context.model, context.parameters)
+    context.count(context.images, {})
+    return run_network(context.model, own, context.images, {}, context.autocast).logits
 
 
 def nothing_seen(like: Tensor) -> VerdictState:

@@ -349,6 +349,18 @@ def test_other_settings_in_deployment_keep_what_it_knows_of_the_source() -> None
     assert adapter.events["skewed"] == 1
 
 
+def test_a_hand_made_method_looks_too_and_asks_for_clean_images() -> None:
+    parts = {"batch_statistics": True, "class_skew": {"temperature": None}}
+    config = MethodConfig("tent", "adam", lr=0.001, objective={"entropy": 1.0}, parts=parts)
+    images, method = digits(3)[0], build_method(config)
+    with pytest.raises(ConfigError, match="class_skew knows nothing of the source"):
+        OnlineAdapter(trained_model(), method)(images)
+    method.prepare(trained_model(), lambda: small_digits(load_digits().source)[:128])
+    adapter = OnlineAdapter(trained_model(), method)
+    adapter(images)
+    assert adapter.events["skewed"] == 1 and adapter.updates == 0
+
+
 @pytest.mark.parametrize("frozen", [(), ("class_skew",)])
 def test_meta_training_learns_the_scales_where_they_are_not_frozen(frozen: tuple[str, ...]) -> None:
     tasks: dict[str, Any] = {"skewed": 1.0, "clean": 1.0, "translate": 0, "unrolls": 4}

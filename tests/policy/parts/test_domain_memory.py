@@ -186,7 +186,7 @@ def test_it_does_not_grow_with_the_stream() -> None:
     assert full >= empty and all(each.parameters.numel() == tensors for each in adapting.state["domain_memory"])
 
 
-def test_reset_and_a_collapse_forget_the_domains() -> None:
+def test_a_reset_forgets_the_domains() -> None:
     adapting = adapter(memory())
     first = run(adapting, stream("abab"))
     adapting.reset()

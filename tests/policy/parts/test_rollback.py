@@ -11,11 +11,13 @@ from metaopt.errors import CheckpointError, ConfigError
 from metaopt.online import OnlineAdapter
 from metaopt.policy import AdaptationPolicy, MethodConfig, build_method
 from metaopt.policy.part import Part
+from metaopt.policy.parts.domain_memory import DomainMemory, DomainMemoryConfig
 from metaopt.policy.parts.rollback import Rollback, RollbackConfig, packed, unpacked
 from metaopt.policy.parts.verdict import VerdictConfig, VerdictPart
 from metaopt.policy.step import StepContext
 
 from ...tiny import BARE, assert_goes_on, random_images, tiny_model, tiny_policy
+from .test_domain_memory import adam, stream
 
 STREAM = [random_images(16, seed) for seed in range(40)]
 GOOD, HARM = -50.0, 50.0
@@ -204,3 +206,14 @@ def test_a_snapshot_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 def test_settings_out_of_range(name: str) -> None:
     with pytest.raises(ConfigError, match=f"rollback.{name} is 0"):
         RollbackConfig(**{name: 0})
+
+
+def test_beside_a_memory_of_domains_neither_keeps_the_other_within_itself() -> None:
+    policy = adam(DomainMemory(DomainMemoryConfig(2)), judge(GOOD), Rollback(RollbackConfig(every=1)))
+    found, sizes = OnlineAdapter(tiny_model(), policy), []
+    for images in stream("abc" * 8):
+        found(images)
+        sizes.append(sum(leaf.numel() for leaf in pytree.tree_leaves(found.state) if isinstance(leaf, Tensor)))
+    assert found.events["recalled"] > 10 and int(found.state["rollback"].taken) == 24
+    assert sizes[-1] == sizes[11]
+    assert all("rollback" not in domain.state for domain in found.state["domain_memory"])
