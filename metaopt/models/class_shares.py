@@ -76,10 +76,9 @@ def uneven(logits: Tensor, certainty: float, dispersion: float = 1.0) -> bool:
     """
     classes = logits.shape[1]
     ratio = float((_whole(logits) @ (own_prior(logits) * classes)).log().sum().clamp_min(0)) / dispersion
-    half = torch.tensor(
-        [(classes - 1) / 2, ratio], dtype=torch.float64
-    )  # of the degrees of freedom, and of the statistic
-    return bool(torch.special.gammainc(half[0], half[1]) > certainty)
+    # Half of the degrees of freedom and half of the statistic: the arguments of the distribution's incomplete gamma.
+    freedom, statistic = torch.tensor([(classes - 1) / 2, ratio], dtype=torch.float64)
+    return bool(torch.special.gammainc(freedom, statistic) > certainty)
 
 
 def leaning(shares: Tensor, logits: Tensor, step: Tensor) -> Tensor:
