@@ -108,7 +108,7 @@ class ClassSkewConfig:
             check_positive("class_skew.temperature", self.temperature, "2.5")
         check_positive("class_skew.cautious_temperature", self.cautious_temperature, "4")
         if not 0 < self.certainty < 1:
-            raise ConfigError(f"class_skew.certainty is {self.certainty}; allowed is 0 < certainty < 1: set 0.99")
+            raise ConfigError(f"class_skew.certainty is {self.certainty}; allowed is 0 < certainty < 1: set 0.999")
 
 
 class ClassSkew(LayeredPart):
